@@ -1,0 +1,180 @@
+"""State tensors: allocated from a plan, carried over when a parameter changes, loaded from any known layout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adafactor._hyper import dtype_of
+from adafactor._plan import Shape, TensorPlan, TensorSpec, View, choose_view
+
+State = dict[str, Tensor]
+
+
+def allocate(plan: TensorPlan, device: torch.device) -> State:
+    """The state of a parameter that has not been updated yet."""
+    return {spec.name: _zeros(spec, device) for spec in plan.state}
+
+
+def carry_over(plan: TensorPlan, state: Mapping[str, Tensor], device: torch.device) -> State:
+    """The same state after its parameter moved, changed its dtype, or its group switched momentum on or off."""
+    carried = {}
+    for spec in plan.state:
+        value = state.get(spec.name)
+        if value is None and spec.name == "exp_avg":
+            value = _zeros(spec, device)
+        if value is None or tuple(value.shape) != spec.shape:
+            raise ValueError(
+                f"parameter {plan.name!r} now has shape {plan.shape}, seen as {plan.describe_view()}, which its state "
+                "does not fit; `del optimizer.state[parameter]` starts its statistics anew"
+            )
+        carried[spec.name] = value.to(device, dtype_of(spec.dtype))
+    return carried
+
+
+def load(plan: TensorPlan, saved: Mapping[str, Any], device: torch.device, momentum_mode: str, source: Source) -> State:
+    """The state of one parameter from a checkpoint, in the dtypes of the plan.
+
+    Raises:
+        ValueError: if the checkpoint keeps other statistics than the plan; the message says what to do.
+    """
+    layout = source.layout
+    saved = {ours: saved[theirs] for theirs, ours in layout.names.items() if theirs in saved}
+    if not layout.own:
+        saved = _as_planned(plan, saved, momentum_mode, source)
+    planned = {spec.name: spec for spec in plan.state}
+    if "exp_avg" in saved and "exp_avg" not in planned:
+        raise ValueError(
+            f"the checkpoint has momentum for parameter {plan.name!r} and this optimizer has none; {layout.remedy}"
+        )
+    loaded = {}
+    for name, spec in planned.items():
+        if name not in saved:
+            raise ValueError(f"the checkpoint has no {name!r} for parameter {plan.name!r}; {layout.remedy}")
+        value = torch.as_tensor(saved[name])
+        if tuple(value.shape) != spec.shape:
+            raise ValueError(
+                f"{name!r} of parameter {plan.name!r} has shape {tuple(value.shape)} in the checkpoint, "
+                f"not {spec.shape}; {layout.remedy}"
+            )
+        loaded[name] = value.detach().to(device, dtype_of(spec.dtype), copy=True).contiguous()
+    return loaded
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one package lays out an Adafactor checkpoint.
+
+    Attributes:
+        package: whose it is, as in `adafactor.compat`; "" is ours.
+        marks: param group keys that no other package here has together.
+        names: their state names -> ours.
+        view: (shape, their param group) -> the view their statistics belong to.
+        momentum_mode: what their `exp_avg` is an average of.
+    """
+
+    package: str
+    marks: frozenset[str]
+    names: Mapping[str, str]
+    view: Callable[[Shape, Mapping[str, Any]], View | None] = lambda shape, group: None
+    momentum_mode: str = "scaled"
+
+    @property
+    def own(self) -> bool:
+        return not self.package
+
+    @property
+    def remedy(self) -> str:
+        if self.own:
+            return "build the optimizer with the arguments it was saved with"
+        return f"build the optimizer with Adafactor(params, **adafactor.compat.{self.package}(...)) to load it"
+
+
+_SAME = {name: name for name in ("step", "exp_avg_sq_row", "exp_avg_sq_col", "exp_avg_sq", "exp_avg")}
+
+# The first layout whose marks a param group carries is taken.
+LAYOUTS = (
+    Layout("", frozenset({"weight_decay_mode", "rms_scope"}), _SAME),
+    Layout(
+        "timm",
+        frozenset({"eps_scale", "clip_threshold"}),
+        _SAME,
+        lambda shape, group: choose_view(shape, "first2", group.get("min_dim_size_to_factor", 16) + 1),
+    ),
+    Layout(
+        "transformers",
+        frozenset({"clip_threshold", "decay_rate", "warmup_init"}),
+        _SAME,
+        lambda shape, group: choose_view(shape, "last2", 0),
+    ),
+    Layout(
+        "torch",
+        frozenset({"beta2_decay", "d"}),
+        {"step": "step", "row_var": "exp_avg_sq_row", "col_var": "exp_avg_sq_col", "variance": "exp_avg_sq"},
+        lambda shape, group: choose_view(shape, "last2", 0),
+    ),
+    Layout(
+        "timm_bv",
+        frozenset({"clipping_threshold", "beta2_cap"}),
+        {
+            "step": "step",
+            "exp_avg_sq_r": "exp_avg_sq_row",
+            "exp_avg_sq_c": "exp_avg_sq_col",
+            "exp_avg_sq": "exp_avg_sq",
+            "exp_avg": "exp_avg",
+        },
+        lambda shape, group: choose_view(shape, "largest2", group.get("min_dim_size_to_factor", 16)),
+        momentum_mode="unscaled",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint's layout, and the param group that one of its parameters was in."""
+
+    layout: Layout
+    group: Mapping[str, Any]
+
+
+def layout_of(groups: list[Mapping[str, Any]]) -> Layout:
+    """Whose checkpoint this is, read off the keys of its param groups."""
+    for layout in LAYOUTS:
+        if all(layout.marks <= group.keys() for group in groups):
+            return layout
+    known = ", ".join(layout.package for layout in LAYOUTS if not layout.own)
+    keys = sorted(groups[0].keys() - {"params"}) if groups else []
+    raise ValueError(f"not an Adafactor's checkpoint: its param groups have {keys}; ours and those of {known} load")
+
+
+def _as_planned(plan: TensorPlan, saved: dict[str, Any], momentum_mode: str, source: Source) -> dict[str, Any]:
+    """Another package's statistics as the plan wants them."""
+    layout = source.layout
+    theirs = layout.view(plan.shape, source.group)
+    if theirs is not None and theirs != plan.view:
+        raise ValueError(
+            f"{layout.package} keeps parameter {plan.name!r} of shape {plan.shape} as the view {tuple(theirs)}, this "
+            f"optimizer as {tuple(plan.view) if plan.view else 'the full V'}; {layout.remedy}"
+        )
+    if "exp_avg" in saved and momentum_mode != layout.momentum_mode:
+        raise ValueError(
+            f"the checkpoint's momentum of parameter {plan.name!r} is {layout.momentum_mode!r}, not {momentum_mode!r}; "
+            + layout.remedy
+        )
+    for spec in plan.state:  # some keep the averaged axes, with size 1
+        value = saved.get(spec.name)
+        if isinstance(value, Tensor) and value.numel() == spec.numel:
+            saved[spec.name] = value.reshape(spec.shape)
+    if theirs is None and plan.view is not None and "exp_avg_sq" in saved:
+        # The averages of V over columns and rows are what R and C would have been: averaging commutes with the decay.
+        full = saved.pop("exp_avg_sq").to(plan.compute_dtype)
+        saved["exp_avg_sq_row"], saved["exp_avg_sq_col"] = full.mean(plan.view.cols), full.mean(plan.view.rows)
+    return saved
+
+
+def _zeros(spec: TensorSpec, device: torch.device) -> Tensor:
+    return torch.zeros(spec.shape, dtype=dtype_of(spec.dtype), device=device)

@@ -1,0 +1,303 @@
+"""The algorithm, readable beside the paper (Shazeer & Stern 2018), in float32 or float64.
+
+Letters are the paper's. A parameter is seen as matrices of [rows, columns] and read block by block, in an order that
+depends on its shape alone, so that temporaries stay small whatever the size of the parameter.
+
+One sweep over the gradient is enough. R_i is final once row i has been read, so the sweep that adds up the columns can
+also add up s_j = sum_i g_ij^2 / R_i, and from these, with n rows and m columns,
+
+    mean(U^2) = mean(R) / (n m) * sum_j s_j / C_j          since  U_ij^2 = g_ij^2 mean(R) / (R_i C_j).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from adafactor._plan import Axes, Shape, TensorPlan
+from adafactor._rounding import random_bits, round_stochastic, step_key
+from adafactor._schedule import beta2_at, rho_at
+from adafactor.backends import Task
+
+name = "reference"
+
+BLOCK = 1 << 15  # elements read at once: a float32 block and its temporaries stay below 4 MiB
+
+
+def sweep(tasks: Sequence[Task]) -> None:
+    for task in tasks:
+        if task.plan.factored:
+            _sweep_factored(task)
+        else:
+            _sweep_full(task)
+
+
+def apply(tasks: Sequence[Task]) -> None:
+    for task in tasks:
+        _apply(task)
+
+
+def _sweep_factored(task: Task) -> None:
+    """R of this step into scratch; per column the sums of g^2 and of g^2 / R; the sums of R, g^2 and p^2."""
+    plan, sums, eps1 = task.plan, task.sums, task.hyper.eps[0]
+    matrices, n, m = plan.dims
+    beta2 = beta2_at(task.hyper, _time(task))
+    R = _ordered(task.state["exp_avg_sq_row"], _row_axes(plan)).reshape(-1)  # [matrices * rows]
+    R = R * beta2  # a copy: nothing is committed before apply
+    for block in _blocks(plan):
+        b = block.matrices
+        G2 = _read(plan, task.g, block).square()  # [b, r, m]
+        row_sq = G2.sum(2)  # [b, r]
+        R_block = R[block.rows].view_as(row_sq)
+        R_block += (1 - beta2) * (row_sq / m + eps1)
+        sums["grad_sq"][b] += row_sq.sum(1)
+        sums["row_sum"][b] += R_block.sum(1)
+        sums["col_sq"][b] += G2.sum(1)
+        sums["col_ratio"][b] += G2.div_(R_block[:, :, None]).sum(1)
+        if "param_sq" in sums:
+            sums["param_sq"][b] += _read(plan, task.p, block).square().sum((1, 2))
+    task.rows = R.view(matrices, n)
+
+
+def _sweep_full(task: Task) -> None:
+    """The sums of g^2, U^2 and p^2."""
+    plan, sums = task.plan, task.sums
+    beta2 = beta2_at(task.hyper, _time(task))
+    for block in _blocks(plan):
+        G2 = _read(plan, task.g, block).square()
+        sums["grad_sq"] += G2.sum()
+        sums["update_sq"] += (G2 / _full_V(task, block, G2, beta2)).sum()
+        if "param_sq" in sums:
+            sums["param_sq"] += _read(plan, task.p, block).square().sum()
+
+
+def _apply(task: Task) -> None:
+    """C, RMS(U) and the step size from the sums; then U, momentum and decay block by block, committed where ok."""
+    plan, hyper, sums, state = task.plan, task.hyper, task.sums, task.state
+    _, n, m = plan.dims
+    t = _time(task)
+    beta2, rho = beta2_at(hyper, t), rho_at(hyper, task.lr, t)
+    ok = sums["grad_sq"].isfinite().all()
+
+    factors = _factors(task, beta2) if plan.factored else None
+    rms_U = _rms(plan, factors.mean_U2 if factors else sums["update_sq"] / max(m, 1))
+    clip = torch.ones_like(rms_U) if hyper.clip_threshold is None else (rms_U / hyper.clip_threshold).clamp(min=1)
+    alpha = torch.ones_like(rms_U) * rho
+    if hyper.scale_parameter:
+        alpha *= _rms(plan, sums["param_sq"] / max(n * m, 1)).clamp(min=hyper.eps[1])
+    decay = torch.ones_like(alpha) * hyper.weight_decay * _decay_factor(task, rho, alpha)
+    moves = ok & (rho != 0)
+
+    for block in _blocks(plan):
+        g, p = _read(plan, task.g, block), _read(plan, task.p, block)  # [b, r, m]
+        if factors:
+            U = g * factors.a.view(-1)[block.rows].view(*g.shape[:2], 1) * factors.b[block.matrices, None, :]
+        else:
+            V = _full_V(task, block, g.square(), beta2)
+            U = g * V.rsqrt()
+            _commit(_piece(plan, state["exp_avg_sq"], block), V, ok)
+        U /= block.spread(-clip if hyper.maximize else clip)
+        step = _descend(task, block, U, block.spread(alpha), ok)
+        if hyper.weight_decay:
+            p = p - p * block.spread(decay)
+        _commit(_piece(plan, task.p, block), _rounded(task, block, p - step, t), moves)
+
+    if factors:
+        _commit(_ordered(state["exp_avg_sq_row"], _row_axes(plan)), factors.R, ok)
+        _commit(_ordered(state["exp_avg_sq_col"], _col_axes(plan)), factors.C, ok)
+    state["step"] += ok
+    task.report.counts += torch.stack([ok.float(), ok * (clip > 1).float().mean(), (~ok).float()])
+    task.report.update_rms, task.report.step_size = rms_U, alpha
+
+
+class Factors(NamedTuple):
+    """The factored second moment: 1 / sqrt(V_ij) = a_i b_j."""
+
+    R: Tensor  # [matrices, rows]
+    C: Tensor  # [matrices, columns]
+    a: Tensor  # [matrices, rows]: sqrt(mean(R) / R_i)
+    b: Tensor  # [matrices, columns]: 1 / sqrt(C_j)
+    mean_U2: Tensor  # [matrices]
+
+
+def _factors(task: Task, beta2: Any) -> Factors:
+    """V_ij = R_i C_j / mean(R), never formed: the product R C would underflow for small gradients.
+
+    The ratio mean(R) / R_i would overflow for large gradients beside an unseen row, so the roots are taken first.
+    """
+    matrices, n, m = task.plan.dims
+    sums, R = task.sums, task.rows
+    assert R is not None
+    C = _ordered(task.state["exp_avg_sq_col"], _col_axes(task.plan)).reshape(matrices, m)
+    C = beta2 * C + (1 - beta2) * (sums["col_sq"] / n + task.hyper.eps[0])
+    root_mean_R = (sums["row_sum"] / n).sqrt()[:, None]
+    b = C.rsqrt()
+    mean_U2 = ((sums["col_ratio"] / n).sqrt() * (root_mean_R * b)).square().mean(1)
+    return Factors(R, C, root_mean_R * R.rsqrt(), b, mean_U2)
+
+
+def _full_V(task: Task, block: Block, G2: Tensor, beta2: Any) -> Tensor:
+    """V <- beta2 V + (1 - beta2) (g^2 + eps1), for one block."""
+    return beta2 * _read(task.plan, task.state["exp_avg_sq"], block) + (1 - beta2) * (G2 + task.hyper.eps[0])
+
+
+def _descend(task: Task, block: Block, U: Tensor, alpha: Tensor, ok: Tensor) -> Tensor:
+    """What the update subtracts from p: alpha U, or its momentum, which is committed. Overwrites U."""
+    hyper = task.hyper
+    if not hyper.beta1:
+        return U.mul_(alpha)
+    beta1, scaled = hyper.beta1, hyper.momentum_mode == "scaled"
+    if scaled:
+        U *= alpha
+    piece = _piece(task.plan, task.state["exp_avg"], block)
+    M = beta1 * piece.to(U.dtype).reshape(U.shape) + (1 - beta1) * U
+    _commit(piece, M, ok)
+    step = beta1 * M + (1 - beta1) * U if hyper.nesterov else M
+    return step if scaled else step * alpha
+
+
+def _decay_factor(task: Task, rho: Any, alpha: Tensor) -> Any:
+    """By what p shrinks, before the weight decay itself."""
+    mode = task.hyper.weight_decay_mode
+    if mode == "lr":
+        return rho if task.lr is None else task.lr
+    return {"scaled_lr": alpha, "independent": 1.0, "lr_squared": rho * rho}[mode]
+
+
+def _rounded(task: Task, block: Block, p: Tensor, t: Any) -> Tensor:
+    dtype = task.p.dtype
+    if dtype == p.dtype or task.hyper.rounding == "nearest":
+        return p.to(dtype)
+    key = step_key(task.stream, t.int()) if isinstance(t, Tensor) else step_key(task.stream, int(t))
+    return round_stochastic(p, dtype, random_bits(key, _element_index(task.plan, block, p.device).view_as(p)))
+
+
+def _rms(plan: TensorPlan, mean_square: Tensor) -> Tensor:
+    """The root, per matrix or shared by all matrices of the tensor.  # [matrices] -> [matrices]"""
+    if plan.shared_rms and mean_square.numel():
+        mean_square = mean_square.mean().expand_as(mean_square)
+    return mean_square.sqrt()
+
+
+def _time(task: Task) -> Any:
+    """t of this update. On the CPU a number; elsewhere a tensor, whose value nobody waits for."""
+    t = task.state["step"] + 1
+    if t.device.type == "cpu":
+        return t.item()
+    return t if t.device.type == "mps" else t.double()
+
+
+def _commit(target: Tensor, value: Tensor, where: Tensor) -> None:
+    target.copy_(torch.where(where, value.to(target.dtype).reshape(target.shape), target))
+
+
+# Blocks: how a parameter is read piece by piece.
+
+
+class Block(NamedTuple):
+    """A run of whole rows of a factored parameter, or of elements of one that keeps the full V.
+
+    Attributes:
+        index: what to index a tensor in the plan's axis order with.
+        rows: which of the (matrices * rows) rows these are.
+        matrices: which matrices they belong to.
+        shape: the block as [matrices, rows, columns].
+    """
+
+    index: tuple[slice, ...]
+    rows: slice
+    matrices: slice
+    shape: tuple[int, int, int]
+
+    def spread(self, scalars: Tensor) -> Tensor:
+        """One number per matrix, to broadcast over the block.  # [all matrices] -> [matrices, 1, 1]"""
+        return scalars[self.matrices, None, None]
+
+
+def _blocks(plan: TensorPlan) -> tuple[Block, ...]:
+    sizes = tuple(plan.shape[axis] for axis in plan.order)
+    if plan.view is None:
+        elements = slice(0, 1)
+        return tuple(Block(index, elements, elements, (1, 1, count)) for index, _, count in _cuts(sizes, 1))
+    _, n, m = plan.dims
+    lead = len(plan.view.batch) + len(plan.view.rows)
+    return tuple(
+        Block(
+            index,
+            slice(first, first + count),
+            slice(first // n, -(-(first + count) // n)),
+            (max(count // n, 1), min(count, n), m),
+        )
+        for index, first, count in _cuts(sizes[:lead], m)
+    )
+
+
+@lru_cache(maxsize=1024)
+def _cuts(sizes: Shape, weight: int) -> tuple[tuple[tuple[slice, ...], int, int], ...]:
+    """Cut a tensor of these sizes, whose entries weigh `weight` elements each, into row-major runs of about BLOCK.
+
+    Gives (index, first entry, number of entries). Every run takes whole inner axes, part of one axis, and one position
+    of each outer axis.
+    """
+    return tuple(_runs(sizes, max(BLOCK // max(weight, 1), 1)))
+
+
+def _runs(sizes: Shape, budget: int) -> Iterator[tuple[tuple[slice, ...], int, int]]:
+    inner, axis = 1, len(sizes)
+    while axis and inner * sizes[axis - 1] <= budget:
+        axis -= 1
+        inner *= sizes[axis]
+    if axis == 0:
+        if inner:
+            yield (), 0, inner
+        return
+    axis -= 1
+    pieces = min(-(-sizes[axis] * inner // budget), sizes[axis])
+    bounds = [sizes[axis] * piece // pieces for piece in range(pieces + 1)]
+    for outer in range(math.prod(sizes[:axis])):
+        index, rest = [], outer
+        for size in reversed(sizes[:axis]):
+            rest, position = divmod(rest, size)
+            index.insert(0, slice(position, position + 1))
+        for low, high in pairwise(bounds):
+            yield (*index, slice(low, high)), (outer * sizes[axis] + low) * inner, (high - low) * inner
+
+
+def _piece(plan: TensorPlan, tensor: Tensor, block: Block) -> Tensor:
+    """One block of a tensor of the parameter's shape, as a view."""
+    return tensor.detach().permute(plan.order)[block.index]
+
+
+def _read(plan: TensorPlan, tensor: Tensor, block: Block) -> Tensor:
+    """One block, in the dtype that the plan computes in.  # [b, r, m]"""
+    return _piece(plan, tensor, block).to(plan.compute_dtype).reshape(block.shape)
+
+
+def _element_index(plan: TensorPlan, block: Block, device: torch.device) -> Tensor:
+    """The row-major index, in the whole parameter, of each element of a block."""
+    index = torch.zeros((), dtype=torch.int64, device=device)
+    for position, axis in enumerate(plan.order):
+        cut = block.index[position] if position < len(block.index) else slice(0, plan.shape[axis])
+        stride = math.prod(plan.shape[axis + 1 :])
+        index = index[..., None] + torch.arange(cut.start, cut.stop, device=device) * stride
+    return index
+
+
+def _row_axes(plan: TensorPlan) -> Axes:
+    return plan.view.batch + plan.view.rows  # type: ignore[union-attr]
+
+
+def _col_axes(plan: TensorPlan) -> Axes:
+    return plan.view.batch + plan.view.cols  # type: ignore[union-attr]
+
+
+def _ordered(statistic: Tensor, axes: Axes) -> Tensor:
+    """A statistic over `axes` of the parameter, its axes brought into that order: a view."""
+    kept = sorted(axes)
+    return statistic.permute([kept.index(axis) for axis in axes])
