@@ -167,14 +167,15 @@ def choose_view(shape: Sequence[int], rule: str, minimum: int) -> View | None:
 
 def resolve_factor(
     factor: str | Callable[[str, Shape], Any] | Sequence[Any], params: Sequence[tuple[str, Shape]]
-) -> str | tuple[View | None, ...]:
+) -> str | tuple[tuple[Axes, Axes, Axes] | None, ...]:
     """A rule's name stays; a function of (name, shape) becomes the tuple of the views it chose, one per parameter."""
     if isinstance(factor, str):
         return factor
     chosen = [factor(name, shape) for name, shape in params] if callable(factor) else list(factor)
     if len(chosen) != len(params):
         raise ValueError(f"factor holds {len(chosen)} views for {len(params)} parameters; give one per parameter")
-    return tuple(_checked_view(view, name, shape) for view, (name, shape) in zip(chosen, params, strict=True))
+    checked = (_checked_view(view, name, shape) for view, (name, shape) in zip(chosen, params, strict=True))
+    return tuple(view and tuple(view) for view in checked)  # plain, as a checkpoint needs it
 
 
 def view_of(factor: str | tuple, index: int, shape: Shape, minimum: int) -> View | None:

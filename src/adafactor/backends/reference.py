@@ -174,7 +174,7 @@ def _rounded(task: Task, block: Block, p: Tensor, t: Any) -> Tensor:
     dtype = task.p.dtype
     if dtype == p.dtype or task.hyper.rounding == "nearest":
         return p.to(dtype)
-    key = step_key(task.stream, t.int()) if isinstance(t, Tensor) else step_key(task.stream, int(t))
+    key: Any = step_key(task.stream, t.int()) if isinstance(t, Tensor) else step_key(task.stream, int(t))
     return round_stochastic(p, dtype, random_bits(key, _element_index(task.plan, block, p.device).view_as(p)))
 
 
