@@ -15,7 +15,9 @@ SHAPES = [(), (7,), (20, 24), (64, 48), (1, 9), (3, 20, 24), (12, 8, 3, 3), (0, 
 
 def twins(dtype=torch.float64, scale=1.0):
     generator = torch.Generator().manual_seed(1)
-    ours = [torch.nn.Parameter(scale * torch.randn(s, generator=generator, dtype=torch.float64).to(dtype)) for s in SHAPES]
+    ours = [
+        torch.nn.Parameter(scale * torch.randn(s, generator=generator, dtype=torch.float64).to(dtype)) for s in SHAPES
+    ]
     return ours, [torch.nn.Parameter(p.detach().clone()) for p in ours]
 
 
@@ -78,7 +80,6 @@ def test_signature_is_that_of_transformers():
         (p.name, p.default) for p in theirs.parameters.values()
     ]
     translated = inspect.signature(compat.transformers)
-    assert list(translated.parameters.values())[0].name == "lr"
     assert [(p.name, p.default) for p in translated.parameters.values()] == [
         (p.name, p.default) for p in list(theirs.parameters.values())[1:]
     ]
@@ -105,7 +106,9 @@ def test_torch_optim_while_its_clamps_are_idle(arguments):
 def test_torch_signature_is_covered():
     theirs = inspect.signature(torch.optim.Adafactor).parameters
     ours = inspect.signature(compat.torch).parameters
-    assert [(name, p.default) for name, p in ours.items()] == [(n, p.default) for n, p in theirs.items() if n != "params"]
+    assert [(name, p.default) for name, p in ours.items()] == [
+        (n, p.default) for n, p in theirs.items() if n != "params"
+    ]
 
 
 REFUSED = [
@@ -124,7 +127,9 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("translate", "arguments", "name"), REFUSED, ids=lambda value: getattr(value, "__name__", None))
+@pytest.mark.parametrize(
+    ("translate", "arguments", "name"), REFUSED, ids=lambda value: getattr(value, "__name__", None)
+)
 def test_what_has_no_counterpart_is_refused_by_name(translate, arguments, name):
     with pytest.raises(ValueError, match=name):
         translate(**arguments)

@@ -1,4 +1,4 @@
-"""The trajectories recorded from seven packages, reproduced through `compat` (and `recipes`, where that is the name)."""
+"""The trajectories recorded from seven packages, reproduced through `compat` and `recipes`."""
 
 import json
 from pathlib import Path
@@ -29,9 +29,7 @@ CONFIGURATIONS = {
     "timm_bv/lr1e-2_clip1_wd.1": compat.timm_bv(lr=1e-2, clipping_threshold=1.0, weight_decay=0.1, **FLOAT64),
     "optax/adafactor1e-2_min16(f32 decay)": compat.optax(1e-2, min_dim_size_to_factor=16),
     "optax/chain_f64_lr1e-2_min16": compat.optax(1e-2, min_dim_size_to_factor=16),
-    "optax/chain_f64_mom.9_wd1e-3": compat.optax(
-        1e-2, min_dim_size_to_factor=16, momentum=0.9, weight_decay_rate=1e-3
-    ),
+    "optax/chain_f64_mom.9_wd1e-3": compat.optax(1e-2, min_dim_size_to_factor=16, momentum=0.9, weight_decay_rate=1e-3),
     "big_vision/chain_f64_lr1e-2_wd1e-3": recipes.big_vision(
         1e-2, weight_decay=1e-3, min_dim_size_to_factor=16, **FLOAT64
     ),

@@ -167,7 +167,7 @@ def choose_view(shape: Sequence[int], rule: str, minimum: int) -> View | None:
 
 def resolve_factor(
     factor: str | Callable[[str, Shape], Any] | Sequence[Any], params: Sequence[tuple[str, Shape]]
-) -> str | tuple[tuple[Axes, Axes, Axes] | None, ...]:
+) -> str | tuple[tuple[Axes, ...] | None, ...]:
     """A rule's name stays; a function of (name, shape) becomes the tuple of the views it chose, one per parameter."""
     if isinstance(factor, str):
         return factor

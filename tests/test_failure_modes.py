@@ -1,0 +1,364 @@
+"""Ways in which other Adafactors go silently wrong. Each test is named after what it prevents."""
+
+import copy
+
+import pytest
+import torch
+
+from adafactor import Adafactor, compat, plan, recipes
+
+
+def steps(optimizer, gradients):
+    [p] = optimizer.param_groups[0]["params"]
+    for gradient in gradients:
+        p.grad = gradient.to(p.dtype)
+        optimizer.step()
+    return p.detach()
+
+
+def gradients(shape, count, scale=1.0, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [scale * torch.randn(shape, generator=generator) for _ in range(count)]
+
+
+# 16-bit weights
+
+
+def test_small_updates_are_not_swallowed_by_bf16_weights():
+    # The spacing of bf16 at 0.02 is 1.2e-4; these steps are 1e-6 each.
+    weights = torch.full((64, 64), 0.02, dtype=torch.bfloat16)
+    moved = {}
+    for rounding in ("stochastic", "nearest"):
+        p = torch.nn.Parameter(weights.clone())
+        steps(Adafactor([p], lr=1e-6, rounding=rounding), [torch.ones(64, 64)] * 200)
+        moved[rounding] = (weights.double() - p.double()).mean().item()
+    assert moved["nearest"] == 0.0
+    # 200 independent roundings of 4,096 weights, each off by at most a spacing: six standard deviations of the mean.
+    assert moved["stochastic"] == pytest.approx(200e-6, abs=6 * 0.5 * 1.3e-4 * (200 / 4096) ** 0.5)
+
+
+def test_weight_decay_is_not_lost_below_bf16_resolution():
+    weights = torch.ones(64, 64, dtype=torch.bfloat16)
+    p = torch.nn.Parameter(weights.clone())
+    optimizer = Adafactor([p], lr=1e-3, weight_decay=0.1)
+    steps(optimizer, [torch.zeros(64, 64)] * 100)
+    expected = (1 - 1e-4) ** 100
+    assert p.double().mean().item() == pytest.approx(expected, abs=6 * 0.5 * 2**-8 * (100 / 4096) ** 0.5)
+
+
+@pytest.mark.parametrize("path", ["plain", "momentum", "full", "weight decay", "stack"])
+def test_every_path_of_the_step_rounds_stochastically(path):
+    shape = {"full": (4096,), "stack": (4, 32, 32)}.get(path, (64, 64))
+    arguments = {"momentum": {"beta1": 0.5}, "weight decay": {"weight_decay": 1e-9}}.get(path, {})
+    p = torch.nn.Parameter(torch.ones(shape, dtype=torch.bfloat16))
+    steps(Adafactor([p], lr=1e-5, **arguments), [torch.ones(shape)] * 20)
+    assert 0.0 < (p != 1).float().mean().item() < 0.5
+
+
+def test_replicas_do_not_drift_and_the_global_random_numbers_are_untouched():
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    replicas = []
+    for other_work in (0, 3):
+        torch.rand(other_work)
+        p = torch.nn.Parameter(torch.linspace(-1, 1, 4096).view(64, 64).bfloat16())
+        replicas.append(steps(Adafactor([p], lr=1e-4), gradients((64, 64), 50)))
+    assert torch.equal(*replicas)
+    torch.manual_seed(0)
+    p = torch.nn.Parameter(torch.ones(64, 64, dtype=torch.bfloat16))
+    steps(Adafactor([p], lr=1e-4), gradients((64, 64), 2))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_parameters_of_one_shape_do_not_share_their_noise():
+    params = [torch.nn.Parameter(torch.ones(64, 64, dtype=torch.bfloat16)) for _ in range(2)]
+    optimizer = Adafactor(params, lr=1e-3)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    up = [(p != 1).flatten() for p in params]
+    # The step is a fifth of a spacing: alike by chance for 1 - 2 q (1 - q) of the elements.
+    share = torch.stack(up).float().mean().item()
+    alike = (up[0] == up[1]).float().mean().item()
+    assert 0.1 < share < 0.5
+    assert alike == pytest.approx(1 - 2 * share * (1 - share), abs=6 * 0.5 / 64)
+
+
+def test_bf16_second_moments_would_freeze_and_ours_do_not():
+    # The power of the gradient falls from 1 to 0.01; an average kept in bf16 stays near 0.94.
+    p = torch.nn.Parameter(torch.zeros(32, 32, dtype=torch.bfloat16))
+    optimizer = Adafactor([p], lr=1e-3)
+    count = 4000
+    powers = torch.linspace(0, -2, count).mul(2.302585).exp()
+    steps(optimizer, [torch.full((32, 32), power.sqrt().item()) for power in powers])
+    state = optimizer.state[p]
+    expected = 0.0
+    for t, power in enumerate(powers.double().sqrt().to(torch.bfloat16).double().square().tolist(), start=1):
+        beta2 = 1 - t**-0.8
+        expected = beta2 * expected + (1 - beta2) * power
+    assert state["exp_avg_sq_row"].dtype == torch.float32
+    torch.testing.assert_close(
+        state["exp_avg_sq_row"].double(), torch.full((32,), expected).double(), rtol=1e-4, atol=0
+    )
+
+
+@pytest.mark.parametrize("scale", [1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_small_gradients_do_not_make_small_updates(dtype, scale):
+    # torch.optim.Adafactor's update has an RMS of 0.0013 in bf16 at gradients of 1e-5.
+    p = torch.nn.Parameter(torch.zeros(256, 256, dtype=dtype))
+    optimizer = Adafactor([p], lr=1.0, clip_threshold=None)
+    steps(optimizer, gradients((256, 256), 1, scale))
+    [rms] = optimizer.diagnostics()["param 0"].update_rms
+    # V of a random matrix is its factored estimate, not g^2: RMS(U) is 1 up to the spread of row and column means.
+    large = Adafactor([torch.nn.Parameter(torch.zeros(256, 256))], lr=1.0, clip_threshold=None)
+    steps(large, gradients((256, 256), 1))
+    [expected] = large.diagnostics()["param 0"].update_rms
+    assert expected == pytest.approx(1, abs=2e-2)
+    assert rms == pytest.approx(expected, rel=2e-3 if dtype == torch.bfloat16 else 1e-5)
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1e-12, 1e-8, 1e-4, 1.0, 6e4, 1e12, 1e17])
+def test_gradients_of_any_size_neither_underflow_nor_overflow(scale):
+    p = torch.nn.Parameter(torch.zeros(64, 64))
+    gradient = gradients((64, 64), 1, scale)[0]
+    gradient[7] = 0.0  # an unseen row beside large gradients: mean(R) / R_i alone would overflow
+    optimizer = Adafactor([p], lr=1.0)
+    steps(optimizer, [gradient] * 2)
+    assert p.isfinite().all()
+    assert not p[7].any()
+    if scale >= 1e-12:
+        assert p.square().mean().sqrt().item() == pytest.approx(2 * (63 / 64) ** 0.5, rel=0.05)
+
+
+def test_unseen_embedding_rows_stay_finite_where_the_product_r_c_underflows():
+    table = torch.nn.Embedding(1000, 64)
+    start = table.weight.detach().clone()
+    optimizer = Adafactor(table.parameters(), lr=1e-2)
+    seen = torch.tensor([3, 500, 999])
+    for _ in range(5):
+        optimizer.zero_grad()
+        (1e-8 * table(seen)).sum().backward()
+        optimizer.step()
+    state = optimizer.state[table.weight]
+    assert (state["exp_avg_sq_row"][0] * state["exp_avg_sq_col"][0]) == 0  # so it does underflow
+    unseen = torch.ones(1000, dtype=torch.bool).index_fill_(0, seen, False)
+    assert torch.equal(table.weight[unseen], start[unseen])
+    assert (table.weight[seen] < start[seen]).all()
+    assert table.weight.isfinite().all()
+
+
+def test_zero_gradients_and_zero_rows_with_the_eps_of_other_packages():
+    # eps=(1e-30, 1e-3) makes torch.optim.Adafactor write NaN into every row without a gradient.
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        p = torch.nn.Parameter(torch.ones(64, 64, dtype=dtype))
+        gradient = gradients((64, 64), 1)[0]
+        gradient[5:] = 0
+        steps(Adafactor([p], **compat.torch(eps=(1e-30, 1e-3))), [gradient, torch.zeros(64, 64)])
+        assert p.isfinite().all()
+        assert torch.equal(p[5:], torch.ones(59, 64, dtype=dtype))
+
+
+def test_a_mixed_dtype_group_does_not_share_the_first_parameter_s_eps():
+    def displacement(dtypes):
+        params = [torch.nn.Parameter(torch.zeros(64, 64, dtype=dtype)) for dtype in dtypes]
+        optimizer = Adafactor(params, lr=1.0)
+        for p in params:
+            p.grad = gradients((64, 64), 1, 1e-3)[0].to(p.dtype)
+        optimizer.step()
+        return params[-1].detach()
+
+    assert torch.equal(displacement([torch.bfloat16, torch.float32]), displacement([torch.float32, torch.float32]))
+
+
+# Checkpoints
+
+
+def test_loading_does_not_cast_statistics_to_the_parameter_s_dtype():
+    p = torch.nn.Parameter(torch.ones(64, 64, dtype=torch.bfloat16))
+    optimizer = Adafactor([p], lr=1e-3, beta1=0.9)
+    steps(optimizer, gradients((64, 64), 3))
+    saved = copy.deepcopy(optimizer.state_dict()["state"][0])
+    fresh = Adafactor([p], lr=1e-3, beta1=0.9)
+    fresh.load_state_dict(optimizer.state_dict())
+    for key, value in fresh.state[p].items():
+        assert value.dtype == torch.float32
+        assert torch.equal(value, saved[key])
+
+
+def test_the_rounding_stream_continues_after_a_resume():
+    def run(interrupted):
+        p = torch.nn.Parameter(torch.ones(64, 64, dtype=torch.bfloat16))
+        optimizer = Adafactor([p], lr=1e-4, seed=3)
+        steps(optimizer, gradients((64, 64), 5))
+        if interrupted:
+            saved = copy.deepcopy(optimizer.state_dict())
+            optimizer = Adafactor([p], lr=1e-4)
+            optimizer.load_state_dict(saved)
+        return steps(optimizer, gradients((64, 64), 5, seed=1))
+
+    assert torch.equal(run(True), run(False))
+
+
+# What a step applies to
+
+
+def test_tied_weights_step_once():
+    class Tied(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = torch.nn.Embedding(64, 64)
+            self.head = torch.nn.Linear(64, 64, bias=False)
+            self.head.weight = self.table.weight
+
+    model = Tied()
+    optimizer = Adafactor(model.parameters(), lr=1e-2)
+    model.head(model.table(torch.arange(64))).square().sum().backward()
+    optimizer.step()
+    assert [int(state["step"]) for state in optimizer.state.values()] == [1]
+    with pytest.warns(UserWarning, match="duplicate parameters"):
+        optimizer = Adafactor([model.table.weight, model.head.weight], lr=1e-2)
+    optimizer.step()
+    assert [int(state["step"]) for state in optimizer.state.values()] == [1]
+
+
+def test_parameters_flattened_by_fsdp1_are_refused():
+    p = torch.nn.Parameter(torch.zeros(10_000))
+    setattr(p, "_fsdp_flattened", True)  # noqa: B010, as FSDP1 does
+    with pytest.raises(ValueError, match="FSDP1"):
+        Adafactor([p])
+
+
+def test_one_parameter_s_scale_does_not_leak_into_the_next():
+    # fairseq multiplies lr by RMS(p) again and again: four equal parameters get 1e-3, 1e-4, 1e-5, 1e-6.
+    params = [torch.nn.Parameter(torch.full((8, 8), 0.1)) for _ in range(4)]
+    optimizer = Adafactor(params, lr=1e-2, scale_parameter=True)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    for seen in optimizer.diagnostics().values():
+        assert seen.step_size == pytest.approx((1e-3,))
+    assert optimizer.param_groups[0]["lr"] == 1e-2
+
+
+def test_tall_and_wide_matrices_use_the_right_normaliser():
+    gradient = torch.randn(96, 32, generator=torch.Generator().manual_seed(0))
+    tall = steps(Adafactor([torch.nn.Parameter(torch.zeros(96, 32))], lr=1.0), [gradient])
+    wide = steps(Adafactor([torch.nn.Parameter(torch.zeros(32, 96))], lr=1.0), [gradient.T])
+    torch.testing.assert_close(tall, wide.T, rtol=1e-6, atol=0)
+
+
+def test_convolutions_factor_over_channels_not_over_kernels():
+    # Over the last two axes a (512, 512, 3, 3) kernel would keep 1.5 M statistics.
+    [ours] = plan({"conv": (512, 512, 3, 3)})
+    [theirs] = plan({"conv": (512, 512, 3, 3)}, **compat.transformers())
+    assert ours.nbytes == 4 * (512 + 512 * 9) + 4
+    assert theirs.nbytes == 4 * (512 * 512 * 6) + 4
+
+
+# Learning rates
+
+
+def test_an_lr_is_never_ignored():
+    # pytorch-optimizer and sd-scripts ignore lr, and per-group lrs, while relative_step is on.
+    def displacement(**arguments):
+        p = torch.nn.Parameter(torch.zeros(64, 64))
+        optimizer = Adafactor([{"params": [p], **arguments}], relative_step=True)
+        return steps(optimizer, gradients((64, 64), 1)).abs().mean().item()
+
+    assert displacement(lr=1e-3) == pytest.approx(10 * displacement(lr=1e-4), rel=1e-5)
+    with pytest.raises(ValueError, match="give an lr"):
+        Adafactor([torch.nn.Parameter(torch.zeros(2))], relative_step=False)
+
+
+def test_an_adamw_learning_rate_means_what_it_means_to_adamw():
+    # scaled by RMS(p) = 0.02, the same lr would take steps fifty times smaller
+    p = torch.nn.Parameter(torch.full((64, 64), 0.02))
+    moved = steps(Adafactor([p], **recipes.adamw_like(1e-3)), [torch.ones(64, 64)]) - 0.02
+    assert moved.abs().mean().item() == pytest.approx(1e-3 * (1 - 0.9), rel=1e-3)  # momentum starts at zero
+
+
+def test_a_constant_schedule_is_not_decayed_behind_the_user_s_back():
+    # torch.optim.Adafactor takes min(lr, 1/sqrt(t)) of every lr.
+    p = torch.nn.Parameter(torch.zeros(4))
+    optimizer = Adafactor([p], lr=0.9)
+    steps(optimizer, [torch.ones(4)] * 9)
+    assert optimizer.diagnostics()["param 0"].step_size == pytest.approx((0.9,))
+
+
+def test_lr_is_reported_as_it_was_used():
+    params = [torch.nn.Parameter(torch.full((4,), value)) for value in (1.0, 0.5)]
+    optimizer = Adafactor([{"params": [params[0]]}, {"params": [params[1]], "lr": 0.25, "scale_parameter": True}])
+    for p in params:
+        p.grad = torch.ones(4)
+    for _ in range(3):
+        optimizer.step()
+    assert [group["lr"] for group in optimizer.param_groups] == [1e-2, 0.25]
+
+
+def test_momentum_of_scaled_and_unscaled_updates_are_told_apart():
+    # With a falling lr, an average of alpha U still moves at the old rate; an average of U follows at once.
+    moved = {}
+    for mode in ("scaled", "unscaled"):
+        p = torch.nn.Parameter(torch.zeros(4, dtype=torch.float64))
+        optimizer = Adafactor([p], lr=1.0, beta1=0.5, momentum_mode=mode)
+        steps(optimizer, [torch.ones(4)] * 20)
+        before = p.detach().clone()
+        optimizer.param_groups[0]["lr"] = 1e-6
+        steps(optimizer, [torch.ones(4)])
+        moved[mode] = (before - p).mean().item()
+    assert moved["scaled"] == pytest.approx(0.5, rel=1e-5)
+    assert moved["unscaled"] == pytest.approx(1e-6, rel=1e-5)
+
+
+def test_the_two_t5_recipes_are_two_recipes():
+    # transformers documents lr 1e-3 unscaled; T5X uses lr 1e-3 times RMS(p).
+    documented = compat.transformers(lr=1e-3, scale_parameter=False, relative_step=False)
+    assert documented["scale_parameter"] is False
+    assert recipes.t5_finetune()["scale_parameter"] is True
+    assert recipes.t5_finetune()["lr"] == documented["lr"] == 1e-3
+
+
+# Non-finite gradients
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e30], ids=str)
+def test_a_bad_gradient_poisons_neither_weights_nor_statistics(bad):
+    p = torch.nn.Parameter(torch.ones(64, 64))
+    optimizer = Adafactor([p], beta1=0.9)
+    steps(optimizer, gradients((64, 64), 2))
+    kept = copy.deepcopy((p.detach(), optimizer.state[p]))
+    gradient = torch.ones(64, 64)
+    gradient[3, 4] = bad
+    steps(optimizer, [gradient])
+    assert torch.equal(p, kept[0])
+    assert all(torch.equal(optimizer.state[p][key], value) for key, value in kept[1].items())
+    assert optimizer.diagnostics()["param 0"][:2] == (2, 1)
+
+
+# Memory
+
+
+def test_nothing_the_size_of_a_parameter_is_allocated():
+    from adafactor.memory import peak_allocated
+
+    p = torch.nn.Parameter(torch.zeros(4000, 3000, dtype=torch.bfloat16))
+    p.grad = torch.ones_like(p)
+    optimizer = Adafactor([p], lr=1e-3)
+    assert peak_allocated(optimizer.step) <= (4 << 20) + 64 * 7000
+
+
+# The formula
+
+
+def test_scaling_the_gradient_by_k_scales_v_by_k_squared():
+    # An encyclopedia entry divides by mean(R)^2 where mean(R) is right; its V would not scale at all.
+    def V(scale):
+        p = torch.nn.Parameter(torch.zeros(40, 50, dtype=torch.float64))
+        optimizer = Adafactor([p], lr=1.0)
+        steps(optimizer, [scale * gradient.double() for gradient in gradients((40, 50), 3)])
+        R, C = optimizer.state[p]["exp_avg_sq_row"], optimizer.state[p]["exp_avg_sq_col"]
+        torch.testing.assert_close(R.mean(), C.mean(), rtol=1e-14, atol=0)
+        return torch.outer(R, C) / R.mean()
+
+    torch.testing.assert_close(V(10.0), 100 * V(1.0), rtol=1e-12, atol=0)

@@ -1,0 +1,108 @@
+"""The house: who may import whom, what importing costs, and that the documentation's code runs."""
+
+import ast
+import doctest
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import adafactor
+
+PACKAGE = Path(adafactor.__file__).parent
+ROOT = Path(__file__).parent.parent
+
+# Each module and what it may import of this package: the ladder of the design.
+LADDER = {
+    "_hyper": set(),
+    "_schedule": {"_hyper"},
+    "_plan": {"_hyper"},
+    "_rounding": set(),
+    "_state": {"_hyper", "_plan"},
+    "_reports": {"_plan", "backends"},
+    "backends": {"_hyper", "_plan", "backends.reference"},  # the choice is made when it is asked for
+    "backends.reference": {"_plan", "_rounding", "_schedule", "backends"},
+    "_optimizer": {"_hyper", "_schedule", "_plan", "_rounding", "_state", "_reports", "backends"},
+    "memory": {"_hyper", "_plan"},
+    "recipes": set(),
+    "compat": {"_optimizer"},
+    "": {"_optimizer", "_plan", "memory", "recipes", "compat"},
+}
+COMMAND_LINE_ONLY = {"typer", "rich", "matplotlib", "jinja2", "numpy", "safetensors", "PIL", "transformers"}
+
+
+def module_name(path):
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix("__init__").removesuffix(".")
+
+
+def imports(path):
+    """What a file imports, anywhere in it: (modules of this package, top-level names of others)."""
+    ours, others = set(), set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        for name in names:
+            if name.split(".")[0] != "adafactor":
+                others.add(name.split(".")[0])
+                continue
+            inner = name.removeprefix("adafactor").strip(".")
+            known = [module for module in LADDER if module and (inner == module or inner.startswith(module + "."))]
+            ours.add(max(known, key=len, default=inner))
+    return ours, others
+
+
+LIBRARY = [path for path in PACKAGE.rglob("*.py") if path.relative_to(PACKAGE).parts[0] != "cli"]
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=lambda path: module_name(path) or "__init__")
+def test_the_import_ladder_holds(path):
+    ours, others = imports(path)
+    assert ours <= LADDER[module_name(path)]
+    assert not others & COMMAND_LINE_ONLY
+
+
+def test_the_ladder_has_no_rung_too_many():
+    assert {module_name(path) for path in LIBRARY} == set(LADDER)
+    used = {module_name(path): imports(path)[0] for path in LIBRARY}
+    assert used == LADDER
+
+
+def test_importing_adafactor_imports_torch_and_nothing_else():
+    code = "import sys, torch; before = set(sys.modules); import adafactor; print(*(set(sys.modules) - before))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert {name.split(".")[0] for name in loaded} <= {"adafactor", "torch", "hashlib", "_hashlib", "_blake2"}
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=lambda path: module_name(path) or "__init__")
+def test_docstring_examples_run(path):
+    module = importlib.import_module(f"adafactor.{module_name(path)}".rstrip("."))
+    assert doctest.testmod(module).failed == 0
+
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+CODE = [
+    pytest.param(block, id=f"{page.name}-{index}")
+    for page in PAGES
+    for index, block in enumerate(re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL))
+]
+
+
+@pytest.mark.parametrize("block", CODE)
+def test_the_documentation_s_code_runs(block, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block, "documentation", "exec"), {"__name__": "documentation"})
+
+
+def test_public_names():
+    assert f'version = "{adafactor.__version__}"' in (ROOT / "pyproject.toml").read_text()
+    for name in ("Adafactor", "plan", "memory", "recipes", "compat"):
+        assert hasattr(adafactor, name)
