@@ -91,7 +91,6 @@ def _apply(task: Task) -> None:
     alpha = torch.ones_like(rms_U) * rho
     if hyper.scale_parameter:
         alpha *= _rms(plan, sums["param_sq"] / max(n * m, 1)).clamp(min=hyper.eps[1])
-    decay = torch.ones_like(alpha) * hyper.weight_decay * _decay_factor(task, rho, alpha)
     moves = ok & (rho != 0)
 
     for block in _blocks(plan):
@@ -105,7 +104,7 @@ def _apply(task: Task) -> None:
         U /= block.spread(-clip if hyper.maximize else clip)
         step = _descend(task, block, U, block.spread(alpha), ok)
         if hyper.weight_decay:
-            p = p - p * block.spread(decay)
+            p = p - p * (hyper.weight_decay * block.spread(_decay_factor(task, rho, alpha)))
         _commit(_piece(plan, task.p, block), _rounded(task, block, p - step, t), moves)
 
     if factors:
@@ -162,12 +161,13 @@ def _descend(task: Task, block: Block, U: Tensor, alpha: Tensor, ok: Tensor) -> 
     return step if scaled else step * alpha
 
 
-def _decay_factor(task: Task, rho: Any, alpha: Tensor) -> Any:
-    """By what p shrinks, before the weight decay itself."""
+def _decay_factor(task: Task, rho: Any, alpha: Tensor) -> Tensor:
+    """What p shrinks by, per unit of weight decay.  # [matrices]"""
     mode = task.hyper.weight_decay_mode
-    if mode == "lr":
-        return rho if task.lr is None else task.lr
-    return {"scaled_lr": alpha, "independent": 1.0, "lr_squared": rho * rho}[mode]
+    if mode == "scaled_lr":
+        return alpha
+    lr = rho if task.lr is None else task.lr
+    return torch.ones_like(alpha) * {"lr": lr, "independent": 1.0, "lr_squared": rho * rho}[mode]
 
 
 def _rounded(task: Task, block: Block, p: Tensor, t: Any) -> Tensor:

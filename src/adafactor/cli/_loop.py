@@ -1,0 +1,290 @@
+"""The training loop: one model, one optimizer, one stream of batches, and everything that must survive a restart."""
+
+from __future__ import annotations
+
+import math
+import signal
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from adafactor.cli._contenders import Contender
+from adafactor.cli._errors import UserError
+from adafactor.cli._model import ByteTransformer, ModelConfig
+from adafactor.cli._text import Corpus
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+CLIP_NORM = 1.0
+WARMUP_SHARE = 0.05
+VALIDATION_WINDOWS = 256
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Everything besides the optimizer and the text that decides the numbers.
+
+    Raises:
+        UserError: a value is out of range, or the device is not there.
+    """
+
+    steps: int = 500
+    batch_size: int = 8
+    seed: int = 0
+    width: int = ModelConfig.width
+    depth: int = ModelConfig.depth
+    heads: int = ModelConfig.heads
+    context: int = ModelConfig.context
+    dtype: str = "float32"
+    device: str = "auto"
+    threads: int = 0
+
+    def __post_init__(self) -> None:
+        limits = (("steps", 1, 10**9), ("batch_size", 1, 10**6), ("seed", 0, 2**63 - 1), ("threads", 0, 512))
+        for name, least, most in limits:
+            if not least <= (value := getattr(self, name)) <= most:
+                raise UserError(f"--{name.replace('_', '-')} must be from {least} to {most}, got {value}")
+        if self.dtype not in DTYPES:
+            raise UserError(f"--dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if self.device not in ("auto", "cpu", "cuda"):
+            raise UserError(f"--device must be one of auto, cpu, cuda, got {self.device!r}")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise UserError("--device cuda: torch sees no CUDA device here; use --device cpu")
+        try:
+            _ = self.model
+        except ValueError as error:
+            raise UserError(f"--{error}") from error
+        # Resolved once, so that what a checkpoint holds is what ran.
+        object.__setattr__(self, "device", self.device if self.device != "auto" else _default_device())
+        object.__setattr__(self, "threads", self.threads or torch.get_num_threads())
+
+    @property
+    def model(self) -> ModelConfig:
+        """The model's size."""
+        return ModelConfig(self.width, self.depth, self.heads, self.context)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Predicted bytes per step."""
+        return self.batch_size * self.context
+
+    @property
+    def log_every(self) -> int:
+        """Steps per line of metrics.jsonl."""
+        return max(1, min(10, self.steps // 50))
+
+    def evaluates_at(self, step: int) -> bool:
+        """Whether the model is evaluated after ``step``: eight times, evenly, the last time at the end."""
+        return step * 8 // self.steps != (step - 1) * 8 // self.steps
+
+    def rate(self, step: int) -> float:
+        """The schedule's factor for step 1, 2, ..., ``steps``: a linear warm-up, then a cosine that ends near 0."""
+        warmup = max(1, round(WARMUP_SHARE * self.steps))
+        if step <= warmup:
+            return step / warmup
+        return 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / (self.steps - warmup + 1))
+
+
+def _default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+class Diverged(Exception):
+    """The loss or the weights stopped being numbers."""
+
+    def __init__(self, step: int, loss: float) -> None:
+        super().__init__(f"the training diverged at step {step}: the loss became {loss}")
+        self.step = step
+
+
+class Trainer:
+    """Trains; ``state_dict`` holds all that the next step depends on, so a restored trainer continues bit for bit.
+
+    Args:
+        setup: sizes, seed, dtype, device, threads.
+        contender: the optimizer.
+        lr: its peak learning rate; None when it makes its own.
+        corpus: the text.
+    """
+
+    def __init__(self, setup: Setup, contender: Contender, lr: float | None, corpus: Corpus) -> None:
+        torch.set_num_threads(setup.threads)
+        self.setup, self.contender, self.lr, self.corpus = setup, contender, lr, corpus
+        self.device = torch.device(setup.device)
+        self.model = ByteTransformer(setup.model, setup.seed).to(self.device)
+        for p in self.model.parameters():
+            p.data = p.data.to(DTYPES[setup.dtype])
+        try:
+            self.optimizer = contender.make(list(self.model.named_parameters()), lr)
+        except ValueError as error:
+            raise UserError(f"{contender.name}: {error}") from error
+        self.generator = torch.Generator().manual_seed(setup.seed)
+        self.steps_done = 0
+        self.seconds = 0.0  # spent in steps; evaluation and checkpoints are not counted
+        self._window: list[tuple[float, float, float]] = []  # loss, seconds, seconds in the optimizer
+
+    def step(self) -> None:
+        """One training step.
+
+        Raises:
+            Diverged: the loss is not finite.
+        """
+        started = time.perf_counter()
+        step = self.steps_done + 1
+        if self.lr is not None:
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.lr * self.setup.rate(step)
+        loss = self.backward(self.corpus.batch(self.setup.batch_size, self.setup.context, self.generator))
+        value = self._finite(loss.item(), step)
+        before_update = time.perf_counter()
+        self.optimizer.step()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        now = time.perf_counter()
+        self.steps_done = step
+        self.seconds += now - started
+        self._window.append((value, now - started, now - before_update))
+
+    def backward(self, tokens: Tensor) -> Tensor:
+        """Fresh gradients for one batch, clipped to a global norm of 1; returns the loss."""
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self.model.loss(tokens.to(self.device))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP_NORM)
+        return loss.detach()
+
+    @torch.no_grad()
+    def evaluate(self) -> float:
+        """Nats per byte over the validation windows, the same ones every time.
+
+        Raises:
+            Diverged: the loss is not finite.
+        """
+        windows = self.corpus.validation_windows(VALIDATION_WINDOWS, self.setup.context)
+        total = sum(self.model.loss(part.to(self.device)).item() * len(part) for part in windows.split(16))
+        return self._finite(total / len(windows), self.steps_done)
+
+    def _finite(self, loss: float, step: int) -> float:
+        if not math.isfinite(loss):
+            raise Diverged(step, loss)
+        return loss
+
+    def check_weights(self) -> None:
+        """Refuse to go on, or to be saved, with weights that are not numbers.
+
+        Raises:
+            Diverged: some are not.
+        """
+        if not all(p.isfinite().all() for p in self.model.parameters()):
+            raise Diverged(self.steps_done, math.nan)
+
+    def metrics(self) -> dict[str, float]:
+        """One line of metrics over the steps since the last call."""
+        losses, seconds, updates = zip(*self._window, strict=True)
+        self._window.clear()
+        return {
+            "step": self.steps_done,
+            "loss": statistics.fmean(losses),
+            "lr": float(self.optimizer.param_groups[0]["lr"]),
+            "tokens_per_second": round(self.setup.tokens_per_step * len(losses) / sum(seconds), 1),
+            "elapsed_s": round(self.seconds, 3),
+            "step_ms": round(1e3 * statistics.median(seconds), 3),
+            "optimizer_ms": round(1e3 * statistics.median(updates), 3),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values only."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "generator": self.generator.get_state(),
+            "steps_done": self.steps_done,
+            "seconds": self.seconds,
+            "window": list(self._window),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a ``state_dict`` of a trainer with the same setup and optimizer."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.generator.set_state(state["generator"])
+        self.steps_done, self.seconds = state["steps_done"], state["seconds"]
+        self._window = [tuple(entry) for entry in state["window"]]
+
+
+class StopSignal:
+    """Inside ``with``, Ctrl-C and SIGTERM only set ``received``; the second one acts as it always does."""
+
+    received: int | None = None
+
+    def __enter__(self) -> StopSignal:
+        self._previous = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = number
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def __exit__(self, *exception: object) -> None:
+        self._restore()
+
+
+class MetricsSink(Protocol):
+    """Where lines of metrics go."""
+
+    def append(self, row: dict[str, Any], /) -> None:
+        """Add a line."""
+        ...
+
+    def sync(self) -> None:
+        """Make the lines so far safe."""
+        ...
+
+
+def train(
+    trainer: Trainer,
+    metrics: MetricsSink,
+    stop: StopSignal,
+    on_line: Callable[[dict[str, float]], None],
+    save: Callable[[], None] = lambda: None,
+    save_every: int | None = None,
+) -> bool:
+    """Step to the end, or until a signal arrives; False then.
+
+    Args:
+        trainer: where to begin is its ``steps_done``.
+        metrics: gets a line every ``setup.log_every`` steps and at every evaluation.
+        stop: looked at after every step.
+        on_line: called with every line.
+        save: writes a checkpoint; called every ``save_every`` steps, at the end, and when a signal arrives.
+        save_every: None for only at the end and on a signal.
+
+    Raises:
+        Diverged: the loss or the weights are not finite; nothing of it is saved.
+    """
+    setup = trainer.setup
+    while trainer.steps_done < setup.steps:
+        trainer.step()
+        step, last = trainer.steps_done, trainer.steps_done == setup.steps
+        if setup.evaluates_at(step) or step % setup.log_every == 0:
+            line = trainer.metrics()
+            if setup.evaluates_at(step):
+                line["val_loss"] = trainer.evaluate()
+            metrics.append(line)
+            on_line(line)
+        if last or stop.received or (save_every and step % save_every == 0):
+            trainer.check_weights()
+            metrics.sync()
+            save()
+        if stop.received and not last:
+            return False
+    return True

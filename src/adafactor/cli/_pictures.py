@@ -1,0 +1,147 @@
+"""The pictures of a run: loss over steps, loss over time, memory by component."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable
+from typing import Any, cast
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+from adafactor.cli._results import Result
+from adafactor.cli._trace_draw import ADAFACTOR, ADAM, INK, MUTED
+
+Rows = list[dict[str, Any]]
+
+COLORS = {
+    "adafactor": ADAFACTOR,
+    "adafactor-paper": "#ec8a97",
+    "adamw": ADAM,
+    "adamw-nesterov": "#7d9bf0",
+    "lion": "#3f8f4f",
+}
+COMPONENTS = (("weights", "#3b4a5e"), ("gradients", "#8493a8"), ("state", "#e08a00"), ("activations", "#cfd6df"))
+GRID = "#e4e5ea"
+STYLE = {
+    "font.family": "sans-serif",
+    "font.size": 11,
+    "text.color": INK,
+    "axes.edgecolor": GRID,
+    "axes.labelcolor": MUTED,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "axes.grid": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.8,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+}
+
+
+def draw(results: list[Result], rows: dict[str, Rows]) -> dict[str, bytes]:
+    """Every picture by its file's name, as PNG."""
+    return {
+        "loss-over-steps.png": _picture(_loss("step", "step"), results, rows),
+        "loss-over-time.png": _picture(_loss("elapsed_s", "seconds of training"), results, rows),
+        "memory.png": _picture(_memory, results, rows),
+    }
+
+
+def _picture(paint: Callable[[Figure, list[Result], dict[str, Rows]], None], results: list[Result], rows: Any) -> bytes:
+    with matplotlib.rc_context(cast(Any, STYLE)):
+        figure = Figure(figsize=(9, 5), dpi=160, layout="constrained")
+        paint(figure, results, rows)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", facecolor="white", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def _loss(x: str, label: str) -> Callable[[Figure, list[Result], dict[str, Rows]], None]:
+    def paint(figure: Figure, results: list[Result], rows: dict[str, Rows]) -> None:
+        ax = figure.subplots()
+        ends: list[tuple[float, float, str, str]] = []
+        seen: list[float] = []
+        for result in results:
+            mine = [row for row in rows[result["name"]] if math.isfinite(row["loss"])]
+            measured = [row for row in mine if "val_loss" in row]
+            color = COLORS.get(result["name"], INK)
+            ax.plot([r[x] for r in mine], [r["loss"] for r in mine], color=color, lw=0.9, alpha=0.3)
+            ax.plot(
+                [r[x] for r in measured], [r["val_loss"] for r in measured], color=color, lw=2.2, marker="o", ms=4.5
+            )
+            seen += [r["val_loss"] for r in measured]
+            if measured:
+                last = measured[-1]
+                ends.append((last[x], last["val_loss"], f"{result['title']} {last['val_loss']:.3f}", color))
+        if seen:
+            low, high = min(seen), max(seen)
+            margin = 0.08 * max(high - low, 0.2)
+            ax.set_ylim(low - margin, high + margin)
+        _label_ends(ax, ends)
+        ax.set_xlim(left=0)
+        ax.set_xlabel(label)
+        ax.set_title(
+            "Loss, nats per byte: thick with dots on validation text, thin on training text",
+            loc="left",
+            fontsize=11,
+            color=MUTED,
+            pad=12,
+        )
+
+    return paint
+
+
+def _label_ends(ax: Axes, ends: list[tuple[float, float, str, str]]) -> None:
+    """Name each curve beside its end, pushed apart where they would overlap."""
+    bottom, top = ax.get_ylim()
+    gap = (top - bottom) * 0.052
+    ends = sorted(ends, key=lambda end: end[1])
+    heights = [y for _, y, _, _ in ends]
+    for i in range(1, len(heights)):
+        heights[i] = max(heights[i], heights[i - 1] + gap)
+    right = max((x for x, *_ in ends), default=1.0)
+    for (x, y, text, color), height in zip(ends, heights, strict=True):
+        ax.annotate(
+            text,
+            (x, y),
+            (right * 1.025, height),
+            textcoords="data",
+            color=color,
+            fontsize=11,
+            fontweight="bold",
+            va="center",
+            annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": color, "lw": 0.6, "alpha": 0.5, "shrinkA": 0, "shrinkB": 4},
+        )
+
+
+def _memory(figure: Figure, results: list[Result], rows: dict[str, Rows]) -> None:
+    figure.set_size_inches(9, 1.5 + 0.5 * len(results))
+    per_parameter, peak = figure.subplots(1, 2, width_ratios=(3, 2), sharey=True)
+    titles = [result["title"] for result in results]
+    for ax, parts, unit in ((per_parameter, COMPONENTS[:3], None), (peak, COMPONENTS, 1e6)):
+        left = [0.0] * len(results)
+        for component, color in parts:
+            sizes = [r["memory"][component] / (unit or r["parameters"]) for r in results]
+            ax.barh(titles, sizes, left=left, color=color, height=0.6, edgecolor="white", linewidth=0.8)
+            left = [a + b for a, b in zip(left, sizes, strict=True)]
+        for i, (result, end) in enumerate(zip(results, left, strict=True)):
+            text = f"state {result['state_bytes_per_parameter']:.2f}" if unit is None else f"{end:.1f}"
+            ax.annotate(text, (end, i), (5, 0), textcoords="offset points", va="center", fontsize=10, fontweight="bold")
+        ax.grid(axis="y", visible=False)
+        ax.set_xlim(0, max(left) * 1.22)
+    per_parameter.invert_yaxis()
+    per_parameter.tick_params(axis="y", labelcolor=INK)
+    per_parameter.set_xlabel("bytes per parameter: grows with the model")
+    peak.set_xlabel("MB at the peak of one step")
+    handles = [Patch(color=color) for _, color in COMPONENTS]
+    labels = ["weights", "gradients", "optimizer state", "activations and temporaries"]
+    figure.legend(handles, labels, loc="outside upper left", ncols=4, frameon=False, fontsize=10, handlelength=1)

@@ -1,0 +1,207 @@
+"""From finished trainings to numbers and the sentences that may be said about them."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import shlex
+import statistics
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import adafactor
+from adafactor import memory
+from adafactor.cli._contenders import CONTENDERS, SEED_SPREAD
+from adafactor.cli._loop import CLIP_NORM, VALIDATION_WINDOWS, WARMUP_SHARE, Setup, Trainer
+from adafactor.cli._text import Corpus
+
+Result = dict[str, Any]
+
+
+def allocated(tensors: Iterable[Tensor | None]) -> int:
+    """Bytes of the distinct storages behind ``tensors``."""
+    storages = (t.untyped_storage() for t in tensors if t is not None)
+    return sum({(s.device, s.data_ptr()): s.nbytes() for s in storages if s.nbytes()}.values())
+
+
+def memory_of_step(trainer: Trainer) -> dict[str, int]:
+    """Allocated bytes at the peak of one more training step, by component; the trainer is of no use afterwards."""
+    optimizer, parameters = trainer.optimizer, list(trainer.model.parameters())
+    optimizer.zero_grad(set_to_none=True)
+    tokens = trainer.corpus.batch(trainer.setup.batch_size, trainer.setup.context, trainer.generator)
+    tokens = tokens.to(trainer.device)
+
+    def step() -> None:
+        trainer.backward(tokens)
+        optimizer.step()
+
+    weights = allocated(parameters)
+    state = allocated(v for s in optimizer.state.values() for v in s.values() if isinstance(v, Tensor))
+    above = memory.peak_allocated(step, trainer.device)
+    gradients = allocated(p.grad for p in parameters)
+    return {
+        "weights": weights,
+        "gradients": gradients,
+        "state": state,
+        "activations": max(0, above - gradients),
+        "peak": weights + state + above,
+    }
+
+
+def summarize(trainer: Trainer, rows: list[dict[str, Any]], diverged_at: int | None) -> Result:
+    """One optimizer's line of the table and what is behind it, from its metrics and one more step."""
+    setup, contender = trainer.setup, trainer.contender
+    parameters = sum(p.numel() for p in trainer.model.parameters())
+    bytes_by_component = memory_of_step(trainer)
+    step_ms = statistics.median(row["step_ms"] for row in rows) if rows else None
+    optimizer_ms = statistics.median(row["optimizer_ms"] for row in rows) if rows else None
+    finished = diverged_at is None
+    return {
+        "name": contender.name,
+        "title": contender.title,
+        "description": contender.description,
+        "lr": trainer.lr,
+        "lr_origin": contender.lr_origin if trainer.lr == contender.lr else "given on the command line",
+        "scheduled": trainer.lr is not None,
+        "diverged_at": diverged_at,
+        "val_loss": rows[-1]["val_loss"] if finished else None,
+        "train_loss": rows[-1]["loss"] if finished else None,
+        "parameters": parameters,
+        "state_bytes": bytes_by_component["state"],
+        "state_bytes_per_parameter": bytes_by_component["state"] / parameters,
+        "memory": bytes_by_component,
+        "step_ms": step_ms,
+        "optimizer_ms": optimizer_ms,
+        "optimizer_share": optimizer_ms / step_ms if optimizer_ms and step_ms else None,
+        "tokens_per_second": setup.tokens_per_step * trainer.steps_done / trainer.seconds if rows else None,
+        "train_seconds": trainer.seconds,
+    }
+
+
+def collect(kind: str, setup: Setup, corpus: Corpus, results: list[Result], planned: list[str]) -> dict[str, Any]:
+    """The whole of results.json."""
+    return {
+        "format": 1,
+        "kind": kind,
+        "headline": headline(results),
+        "notes": notes(results, setup, [name for name in planned if name not in {r["name"] for r in results}]),
+        "optimizers": results,
+        "setup": asdict(setup)
+        | {
+            "tokens_per_step": setup.tokens_per_step,
+            "warmup_share": WARMUP_SHARE,
+            "clip_norm": CLIP_NORM,
+            "validation_bytes": corpus.validation_windows(VALIDATION_WINDOWS, setup.context)[:, 1:].numel(),
+            "parameters": results[0]["parameters"],
+        },
+        "data": corpus.describe(),
+        "machine": machine(setup),
+        "command": shlex.join(["adafactor", *sys.argv[1:]]),
+        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def machine(setup: Setup) -> dict[str, Any]:
+    """What the times were measured on; no names of hosts or users."""
+    device = torch.cuda.get_device_name() if setup.device == "cuda" else _processor()
+    return {
+        "device": device,
+        "cores": os.cpu_count(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "adafactor": adafactor.__version__,
+    }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def ranked(results: list[Result]) -> list[Result]:
+    """Those that finished, the lowest validation loss first."""
+    return sorted((r for r in results if r["val_loss"] is not None), key=lambda r: r["val_loss"])
+
+
+def headline(results: list[Result]) -> str:
+    """The finding in one sentence, computed from the numbers; the fairest baseline at hand is the one named."""
+    by_name = {r["name"]: r for r in ranked(results)}
+    if not by_name:
+        return "No optimizer finished: every loss stopped being a number."
+    ours = by_name.get("adafactor") or by_name.get("adafactor-paper")
+    baselines = ("adamw-nesterov", "adamw", "lion") if ours and ours["name"] == "adafactor" else ("adamw", "lion")
+    theirs = next((by_name[name] for name in baselines if name in by_name), None)
+    if ours is None or theirs is None:
+        best = next(iter(by_name.values()))
+        verb = "is best: it reaches" if len(by_name) > 1 else "reaches"
+        return (
+            f"{_sentence_case(best)} {verb} {best['val_loss']:.3f} nats per byte with "
+            f"{best['state_bytes_per_parameter']:.2f} bytes of optimizer state per parameter."
+        )
+    a, b = round(ours["val_loss"], 3), round(theirs["val_loss"], 3)
+    other = CONTENDERS[theirs["name"]].phrase
+    if abs(a - b) < SEED_SPREAD:
+        relation = f"is level with {other} ({a:.3f} and {b:.3f} nats per byte)"
+    else:
+        relation = f"ends {abs(a - b):.3f} nats per byte {'below' if a < b else 'above'} {other} ({a:.3f} and {b:.3f})"
+    return f"{_sentence_case(ours)} {relation}, with {_share(ours, theirs)} its optimizer state."
+
+
+def _sentence_case(result: Result) -> str:
+    phrase = CONTENDERS[result["name"]].phrase
+    return phrase[0].upper() + phrase[1:]
+
+
+def _share(ours: Result, theirs: Result) -> str:
+    share = ours["state_bytes"] / theirs["state_bytes"]
+    return f"{share:.1%} of" if share < 0.1 else f"{share:.0%} of" if share < 1.5 else f"{share:.1f} times"
+
+
+def notes(results: list[Result], setup: Setup, missing: list[str]) -> list[str]:
+    """What a reader has to know to read the numbers rightly."""
+    by_name = {r["name"]: r for r in ranked(results)}
+    said = [f"Interrupted: {', '.join(missing)} did not finish."] if missing else []
+    said += [
+        f"{r['title']} diverged: its loss stopped being a number at step {r['diverged_at']}."
+        for r in results
+        if r["diverged_at"] is not None
+    ]
+    if len(by_name) > 1:
+        said.append(
+            f"One seed ({setup.seed}). In the sweep behind the defaults, seeds of one optimizer differed by up to "
+            f"{SEED_SPREAD:g} nats per byte; smaller differences say nothing."
+        )
+    ours, plain, fair = (by_name.get(name) for name in ("adafactor", "adamw", "adamw-nesterov"))
+    if ours and plain and not fair:
+        swept = {name: CONTENDERS[name].swept_loss for name in ("adafactor", "adamw-nesterov", "adamw")}
+        said.append(
+            "Adafactor's recipe takes Nesterov steps and plain AdamW does not; what they gain is not Adafactor's merit."
+            f" In the sweep, AdamW with the same step reached {swept['adamw-nesterov']:.3f}, Adafactor "
+            f"{swept['adafactor']:.3f} and plain AdamW {swept['adamw']:.3f}. To see it here, add adamw-nesterov to "
+            "--optimizers."
+        )
+    if ours and plain and fair:
+        said.append(
+            "Hold Adafactor's recipe against AdamW + Nesterov, not against AdamW: both take the same Nesterov step, "
+            f"and that step alone takes AdamW from {plain['val_loss']:.3f} to {fair['val_loss']:.3f}."
+        )
+    if paper := by_name.get("adafactor-paper"):
+        said.append(
+            "Adafactor (paper) sets its own rate; the schedule does not apply to it. It needs "
+            f"{paper['state_bytes_per_parameter']:.2f} bytes of state per parameter, and was made for far longer runs."
+        )
+    if len(results) > 1 and setup.device == "cpu":
+        said.append("Times are medians; other work on the machine while one optimizer ran shows in its time alone.")
+    return said

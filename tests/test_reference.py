@@ -1,0 +1,546 @@
+"""Tier 2: the reference backend, through `Adafactor`, against the float64 oracle."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import product
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close as assert_torch_close
+
+import oracle
+from _cases import (
+    FEW_SHAPES,
+    LAYOUTS,
+    LR_COURSE,
+    MODES,
+    SHAPES,
+    Shape,
+    Snapshot,
+    assert_agrees_in_float64,
+    assert_close,
+    assert_same_bits,
+    lr_at,
+    oracle_hyper,
+    oracle_view,
+    oracle_walk,
+    parameter,
+    permuted_view,
+    poisoned_memory,
+    problem,
+    shape_id,
+    snapshot,
+    statistics,
+    walk,
+)
+from adafactor import Adafactor
+from adafactor.backends import reference
+from adafactor.memory import peak_allocated
+from oracle import State
+
+# The default mode on every shape, every mode on a few.
+CASES = [(shape, mode) for shape in SHAPES for mode in ("paper", "momentum")]
+CASES += [case for case in product(FEW_SHAPES, MODES) if case not in CASES]
+all_cases = pytest.mark.parametrize(
+    ("shape", "mode"), CASES, ids=[f"{shape_id(shape)} {mode}" for shape, mode in CASES]
+)
+
+
+@pytest.fixture
+def block(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Sets how many elements the reference backend reads at once."""
+
+    def set_to(elements: int) -> None:
+        monkeypatch.setattr(reference, "BLOCK", elements)
+        reference._cuts.cache_clear()
+
+    yield set_to
+    reference._cuts.cache_clear()
+
+
+# Float64, and what float32 may lose
+
+
+@all_cases
+def test_float64_agrees_with_the_oracle(shape: Shape, mode: str):
+    p0, grads = problem(shape)
+    taken = walk(p0, grads, **MODES[mode])
+    assert_agrees_in_float64(shape, MODES[mode], taken, oracle_walk(p0, grads, **MODES[mode]))
+
+
+@all_cases
+def test_float32_is_within_its_rounding_errors(shape: Shape, mode: str):
+    kwargs = MODES[mode]
+    p0, grads = problem(shape, dtype=torch.float32)
+    taken, expected = walk(p0, grads, **kwargs), oracle_walk(p0, grads, **kwargs)
+    for t, (ours, theirs, bound) in enumerate(
+        zip(taken, expected, float32_bounds(p0, kwargs, expected), strict=True), 1
+    ):
+        assert_close(ours["p"].double(), theirs.p, bound["p"], f"p after step {t}")
+        for letter, found in statistics(ours, oracle_view(shape, kwargs)).items():
+            assert_close(found, getattr(theirs, letter), bound[letter], f"{letter} after step {t}")
+
+
+def float32_bounds(p0: Tensor, kwargs: dict[str, Any], states: list[State]) -> list[dict[str, Any]]:
+    """How far float32 may be from the oracle, to first order in u = 2^-24, by counting roundings.
+
+    torch adds in a cascade of four levels of at most 16 additions each for up to 2^16 terms, in at most 32 lanes, which
+    5 more additions join: D <= 69 roundings per term, and never more than there are terms. Blocks are joined one by
+    one. All terms are positive (g^2, R, g^2 / R), so relative errors do not grow when they are added.
+
+        statistic     s = D + blocks + 4, and 3 per step         square, mean, eps1; times 1 - beta2, times beta2, plus
+        mean(R)       s + D + blocks + 1
+        U             s + (D + blocks) / 2 + s / 2 + 8           half of mean(R), of R_i, of C_j; roots, products
+        RMS(U)        s + (D + blocks) + s / 2 + D / 2 + 10      half of s_j, of mean(R), of C_j and of their mean
+        alpha         D / 2 + blocks / 2 + 4, and 3 per step     half of the sum of p^2, and the error of p itself
+
+    A step of p is a product of the last three; momentum averages such products, so its error is at most that share of
+    the average of their sizes. p itself is rounded once per step, three times with weight decay.
+    """
+    u, hyper = 2.0**-24, oracle_hyper(kwargs)
+    blocks = 1 + 2 * (p0.numel() // reference.BLOCK)
+    D = min(max(p0.numel(), 1), 69)
+    T = len(states)
+    s = D + blocks + 4 + 3 * T
+    count = (1.5 * s + (D + blocks) / 2 + 8) + (1.5 * s + D + blocks + D / 2 + 10) + (D + blocks) / 2 + 4 + 3 * T + 4
+    mean_size = np.zeros(p0.shape)
+    allowed = np.zeros(p0.shape)
+    bounds = []
+    for index, state in enumerate(states):
+        assert state.U is not None
+        assert state.alpha is not None
+        assert state.rho is not None
+        alpha = float(np.max(state.alpha, initial=0.0))
+        size = np.abs(state.U) * (alpha if hyper.momentum_mode == "scaled" else 1)
+        step = size
+        if hyper.beta1:
+            mean_size = hyper.beta1 * mean_size + (1 - hyper.beta1) * size
+            step = hyper.beta1 * mean_size + (1 - hyper.beta1) * size if hyper.nesterov else mean_size
+        step = step * (1 if hyper.momentum_mode == "scaled" else alpha)
+        lr = state.rho if hyper.lr is None else (lr_at(kwargs, index) or 0.0)
+        decay = {"lr": lr, "scaled_lr": alpha, "independent": 1.0, "lr_squared": state.rho**2}
+        decayed = hyper.wd * decay[hyper.weight_decay_mode] * np.abs(state.p)
+        allowed = allowed + u * (count * (step + decayed) + (3 if hyper.wd else 1) * np.abs(state.p))
+        bounds.append(
+            {
+                "p": allowed,
+                "M": count * u * mean_size,
+                "R": None if state.R is None else s * u * state.R,
+                "C": None if state.C is None else s * u * state.C,
+                "V": None if state.V is None else s * u * state.V,
+            }
+        )
+    return bounds
+
+
+# 16-bit weights and momentum
+
+
+@pytest.mark.parametrize("mode", ["paper", "nesterov, unscaled", "decay scaled_lr", "decay with momentum", "function"])
+@pytest.mark.parametrize("shape", FEW_SHAPES, ids=shape_id)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_nearest_16_bit_weights_are_the_float32_result_rounded(dtype: torch.dtype, shape: Shape, mode: str):
+    p0, grads = problem(shape, dtype=dtype)
+    narrow, wide = parameter(p0), parameter(p0.float())
+    rounded, exact = (Adafactor([p], rounding="nearest", **MODES[mode]) for p in (narrow, wide))
+    for g in grads:
+        narrow.grad, wide.grad = g, g.float()
+        rounded.step()
+        exact.step()
+        with torch.no_grad():
+            wide.copy_(wide.to(dtype))
+        ours, theirs = snapshot(rounded, narrow), snapshot(exact, wide)
+        assert_same_bits(ours | {"p": ours["p"].float()}, theirs)
+    assert not torch.equal(narrow, p0)
+
+
+@pytest.mark.skipif(not hasattr(Tensor, "grad_dtype"), reason="this torch has no gradients of another dtype")
+@pytest.mark.parametrize("gradient", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_the_gradients_dtype_may_differ_from_the_parameters(gradient: torch.dtype):
+    p0, grads = problem((40, 70), dtype=torch.float32)
+    grads = [g.to(gradient) for g in grads]
+
+    def run(grads: list[Tensor]) -> Snapshot:
+        p = parameter(p0)
+        p.grad_dtype = None
+        optimizer = Adafactor([p], lr=0.01, beta1=0.9)
+        for g in grads:
+            p.grad = g
+            optimizer.step()
+        return snapshot(optimizer, p)
+
+    assert_same_bits(run(grads), run([g.float() for g in grads]))
+
+
+@pytest.mark.parametrize("mode", ["momentum", "momentum, unscaled", "nesterov", "nesterov, unscaled"])
+@pytest.mark.parametrize("shape", FEW_SHAPES, ids=shape_id)
+def test_bfloat16_momentum_is_rounded_only_when_stored(shape: Shape, mode: str):
+    p0, grads = problem(shape)
+    kwargs = MODES[mode]
+    taken = walk(p0, grads, **kwargs, momentum_dtype=torch.bfloat16)
+    state, expected = oracle.init(p0.numpy()), []
+    for index, g in enumerate(grads):
+        state = oracle.step(
+            state, g.numpy(), oracle_hyper({**kwargs, "lr": lr_at(kwargs, index)}), oracle_view(shape, kwargs)
+        )
+        state = replace(state, M=torch.tensor(state.M).bfloat16().double().numpy())
+        expected.append(state)
+    assert taken[-1]["exp_avg"].dtype == torch.bfloat16
+    assert_agrees_in_float64(shape, kwargs, taken, expected)
+
+
+SIZES = [(torch.bfloat16, 10.0**-k) for k in range(2, 9)] + [(torch.float16, 10.0**-k) for k in range(2, 6)]
+
+
+@pytest.mark.parametrize(("dtype", "size"), SIZES, ids=[f"{str(dtype)[6:]} {size:.0e}" for dtype, size in SIZES])
+def test_the_update_keeps_its_size_for_small_gradients(dtype: torch.dtype, size: float):
+    """|U| = 1 everywhere for a gradient of one size, but for eps1 / g^2 = 1e-14 and float32's roundings."""
+    signs = np.sign(np.random.default_rng(0).normal(size=(64, 96)))
+    p = parameter(torch.zeros(64, 96, dtype=dtype))
+    optimizer = Adafactor([p], lr=1.0, clip_threshold=None, rounding="nearest")
+    for _ in range(3):
+        before = p.detach().clone()
+        p.grad = torch.tensor(signs * size).to(dtype)
+        optimizer.step()
+        assert torch.equal(before - p.detach(), torch.tensor(signs).to(dtype))
+        [rms] = optimizer.diagnostics()["param 0"].update_rms
+        assert abs(rms - 1) <= 1e-5
+
+
+# Memory layout
+
+
+LAYOUT_SHAPES: list[Shape] = [(63,), (31, 63), (123, 507), (507, 123), (3, 40, 33), (33, 40, 3, 3)]
+LAYOUT_CASES = [
+    (shape, layout, which)
+    for shape in LAYOUT_SHAPES
+    for layout in LAYOUTS
+    for which in ("gradient", "parameter", "both")
+    if len(shape) >= {"strided": 1, "transposed": 2, "channels_last": 4}[layout]
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "layout", "which"), LAYOUT_CASES, ids=[f"{shape_id(s)} {lay} {w}" for s, lay, w in LAYOUT_CASES]
+)
+def test_strides_do_not_change_a_bit(shape: Shape, layout: str, which: str, dtype: torch.dtype):
+    arrange = LAYOUTS[layout]
+    p0, grads = problem(shape, steps=3, dtype=dtype)
+    p, gs = p0, grads
+    if which != "gradient":
+        p = arrange(p0)
+        assert not p.is_contiguous()
+    if which != "parameter":
+        gs = [arrange(g) for g in grads]
+        assert not gs[0].is_contiguous()
+    for kwargs in ({"beta1": 0.9}, {"factor": lambda name, shape: permuted_view(shape)}, {"factor": "none"}):
+        assert_same_bits(walk(p, gs, **kwargs)[-1], walk(p0, grads, **kwargs)[-1])
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("shape", [(123, 507), (31, 63), (3, 40, 33)], ids=shape_id)
+def test_expanded_gradients_do_not_change_a_bit(shape: Shape, axis: int):
+    p0, grads = problem(shape, steps=3, dtype=torch.float32)
+    expanded = [g.narrow(axis, 1, 1).expand(shape) for g in grads]
+    scalar = [g.flatten()[1].expand(shape) for g in grads]
+    for gs in (expanded, scalar):
+        assert 0 in gs[0].stride()
+        assert_same_bits(walk(p0, gs)[-1], walk(p0, [g.contiguous() for g in gs])[-1])
+
+
+def test_a_parameter_keeps_its_strides():
+    p0, grads = problem((33, 40, 3, 3))
+    p = parameter(LAYOUTS["channels_last"](p0))
+    strides, place = p.stride(), p.data_ptr()
+    optimizer = Adafactor([p])
+    p.grad = grads[0]
+    optimizer.step()
+    assert (p.stride(), p.data_ptr()) == (strides, place)
+
+
+# Groups, missing gradients, learning rates as tensors
+
+
+def test_groups_have_hyperparameters_of_their_own():
+    modes = ["paper", "nesterov, unscaled", "decay scaled_lr", "beta2 fixed", "largest2", "clip 0.3", "maximize"]
+    shapes: list[Shape] = [(40, 70), (3, 40, 33), (31,), (33, 4, 3, 3), (4, 16, 128), (), (40, 70)]
+    problems = [problem(shape) for shape in shapes]
+    params = [parameter(p0) for p0, _ in problems]
+    optimizer = Adafactor([{"params": [p], **MODES[mode]} for p, mode in zip(params, modes, strict=True)], lr=0.5)
+    taken: list[list[Snapshot]] = [[] for _ in modes]
+    for index in range(6):
+        for p, mode, group, (_, grads) in zip(params, modes, optimizer.param_groups, problems, strict=True):
+            p.grad = grads[index]
+            group["lr"] = lr_at({"lr": 0.5} | MODES[mode], index)
+        optimizer.step()
+        for p, seen in zip(params, taken, strict=True):
+            seen.append(snapshot(optimizer, p))
+    for shape, mode, (p0, grads), seen in zip(shapes, modes, problems, taken, strict=True):
+        kwargs = {"lr": 0.5} | MODES[mode]
+        assert_agrees_in_float64(shape, kwargs, seen, oracle_walk(p0, grads, **kwargs))
+
+
+@pytest.mark.parametrize("mode", ["paper", "momentum", "decay with momentum", "warm-up"])
+def test_a_parameter_without_gradient_stands_still_and_keeps_its_own_time(mode: str):
+    kwargs = MODES[mode]
+    shapes: list[Shape] = [(40, 70), (31,), (3, 40, 33)]
+    problems = [problem(shape) for shape in shapes]
+    params = [parameter(p0) for p0, _ in problems]
+    optimizer = Adafactor(params, **kwargs)
+    present = [(True, True, False, True, False, True), (False, False, True, True, True, False), (True,) * 6]
+    states = [oracle.init(p0.numpy()) for p0, _ in problems]
+    for index in range(6):
+        if "lr" in kwargs:
+            optimizer.param_groups[0]["lr"] = lr_at(kwargs, index)
+        for i, (p, shape) in enumerate(zip(params, shapes, strict=True)):
+            p.grad = problems[i][1][index] if present[i][index] else None
+            if present[i][index]:
+                hyper = oracle_hyper({**kwargs, "lr": lr_at(kwargs, index)})
+                states[i] = oracle.step(states[i], problems[i][1][index].numpy(), hyper, oracle_view(shape, kwargs))
+        before = [snapshot(optimizer, p) for p in params]
+        optimizer.step()
+        for i, p in enumerate(params):
+            if not present[i][index]:
+                assert_same_bits(snapshot(optimizer, p), before[i])
+    for shape, p, (p0, _), state in zip(shapes, params, problems, states, strict=True):
+        displacement = np.max(np.abs(state.p - p0.numpy()))
+        assert_close(
+            p.detach(), state.p, 1e-12 * displacement + 12 * 2.0**-53 * np.max(np.abs(state.p)), shape_id(shape)
+        )
+        assert optimizer.state[p]["step"].item() == state.t
+
+
+@pytest.mark.parametrize("mode", [mode for mode, kwargs in MODES.items() if "lr" in kwargs])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_tensor_as_lr_is_that_number(dtype: torch.dtype, mode: str):
+    p0, grads = problem((40, 70), dtype=dtype)
+    kwargs = {key: value for key, value in MODES[mode].items() if key != "lr"}
+    lr = torch.tensor(MODES[mode]["lr"], dtype=torch.float64)
+    first, second = parameter(p0), parameter(p0)
+    number, tensor = Adafactor([first], lr=lr.item(), **kwargs), Adafactor([second], lr=lr, **kwargs)
+    for index, g in enumerate(grads):
+        lr.fill_(MODES[mode]["lr"] * LR_COURSE[index])
+        number.param_groups[0]["lr"] = lr.item()
+        first.grad = second.grad = g
+        number.step()
+        tensor.step()
+        assert_same_bits(snapshot(number, first), snapshot(tensor, second))
+
+
+@pytest.mark.parametrize("lr", [torch.tensor([0.5]), torch.tensor(0.5), torch.tensor(1), torch.tensor(0.5).bfloat16()])
+@pytest.mark.parametrize("mode", ["decay lr", "decay lr, relative", "decay lr_squared", "momentum, unscaled"])
+def test_any_tensor_of_one_element_is_an_lr(lr: Tensor, mode: str):
+    p0, grads = problem((40, 70), dtype=torch.float32)
+    kwargs = {key: value for key, value in MODES[mode].items() if key != "lr"}
+    first, second = parameter(p0), parameter(p0)
+    number, tensor = Adafactor([first], lr=lr.item(), **kwargs), Adafactor([second], lr=lr, **kwargs)
+    for g in grads:
+        first.grad = second.grad = g
+        number.step()
+        tensor.step()
+    assert_same_bits(snapshot(number, first), snapshot(tensor, second))
+
+
+# Blocks
+
+
+BLOCK_CASES: dict[str, tuple[Shape, int, dict[str, Any]]] = {
+    "between the matrices of a stack": ((7, 40, 33), 2 * 40 * 33 + 5, {}),
+    "one matrix each": ((7, 40, 33), 40 * 33, {}),
+    "inside the rows of a stack": ((3, 40, 33), 7 * 33, {}),
+    "one row each": ((40, 33), 33, {}),
+    "rows wider than a block": ((40, 33), 10, {}),
+    "inside two row axes": ((5, 7, 6, 8), 3 * 48 + 1, {"factor": lambda name, shape: ((), (0, 1), (2, 3))}),
+    "inside two batch axes": ((3, 4, 5, 6), 2 * 30, {"factor": lambda name, shape: ((0, 1), (2,), (3,))}),
+    "inside permuted axes": ((5, 7, 6, 8), 50, {"factor": lambda name, shape: ((3, 1), (2,), (0,))}),
+    "inside permuted rows": ((5, 7, 6, 8), 50, {"factor": lambda name, shape: ((), (3, 1), (0, 2))}),
+    "inside a wide full V": ((3, 1000), 256, {}),
+    "inside a long full V": ((1000,), 64, {}),
+    "single elements of a full V": ((4, 3, 5), 1, {}),
+    "a merged convolution": ((64, 3, 3, 3), 100, {}),
+    "one RMS per tensor": ((5, 40, 33), 7 * 33, {"rms_scope": "tensor"}),
+}
+
+
+@pytest.mark.parametrize("case", BLOCK_CASES)
+def test_blocks_agree_with_the_oracle_and_with_one_large_block(block: Callable[[int], None], case: str):
+    shape, elements, kwargs = BLOCK_CASES[case]
+    kwargs = {"beta1": 0.9, "weight_decay": 0.1, **kwargs}
+    p0, grads = problem(shape)
+    block(elements)
+    plan = Adafactor([parameter(p0)], **kwargs)._slots
+    assert len(reference._blocks(next(iter(plan.values())).plan)) > 1
+    small = walk(p0, grads, **kwargs)
+    assert_agrees_in_float64(shape, kwargs, small, oracle_walk(p0, grads, **kwargs))
+    block(1 << 40)
+    large = walk(p0, grads, **kwargs)
+    for ours, theirs in zip(small, large, strict=True):
+        for name in ours:
+            assert_torch_close(ours[name], theirs[name], rtol=1e-13, atol=1e-13 * float(theirs[name].abs().max()))
+
+
+@pytest.mark.parametrize(
+    "shape", [(1500, 2000), (2000, 1500), (2_500_000,), (40, 200, 300), (6, 400_000)], ids=shape_id
+)
+def test_tensors_of_many_blocks_agree_with_the_oracle(shape: Shape):
+    p0, grads = problem(shape, steps=2)
+    taken, expected = walk(p0, grads), oracle_walk(p0, grads)
+    assert_agrees_in_float64(shape, {}, taken, expected)
+
+
+# What must not happen
+
+
+BAD = [
+    (torch.float32, math.nan),
+    (torch.float32, math.inf),
+    (torch.float32, -math.inf),
+    (torch.float32, 1e30),
+    (torch.bfloat16, math.nan),
+    (torch.bfloat16, -1e30),
+    (torch.float16, math.inf),
+    (torch.float64, math.nan),
+    (torch.float64, 1e200),
+]
+
+
+@pytest.mark.parametrize("shape", [(31,), (40, 70), (3, 40, 33), (33, 4, 3, 3), (200, 300)], ids=shape_id)
+@pytest.mark.parametrize(("dtype", "bad"), BAD, ids=[f"{str(dtype)[6:]} {bad}" for dtype, bad in BAD])
+@pytest.mark.parametrize(
+    "kwargs",
+    [{}, {"lr": 0.01, "beta1": 0.9, "nesterov": True, "weight_decay": 0.1}],
+    ids=["paper", "momentum and decay"],
+)
+def test_a_non_finite_gradient_skips_its_parameter_alone(
+    kwargs: dict[str, Any], dtype: torch.dtype, bad: float, shape: Shape
+):
+    p0, grads = problem(shape, steps=4, dtype=dtype)
+    params, alone = [parameter(p0) for _ in range(3)], parameter(p0)
+    optimizer, clean = (
+        Adafactor([*params], **kwargs, rounding="nearest"),
+        Adafactor([alone], **kwargs, rounding="nearest"),
+    )
+    for index, g in enumerate(grads):
+        poisoned = g.clone()
+        poisoned.view(-1)[-1 if index == 1 else 0] = bad
+        for p in params:
+            p.grad = g
+        alone.grad = g
+        if index in (1, 2):
+            params[1].grad = poisoned
+        before = snapshot(optimizer, params[1])
+        optimizer.step()
+        clean.step()
+        if index in (1, 2):
+            assert_same_bits(snapshot(optimizer, params[1]), before)
+        for p in (params[0], params[2]):
+            assert_same_bits(snapshot(optimizer, p), snapshot(clean, alone))
+    reports = [optimizer.diagnostics()[f"param {ordinal}"] for ordinal in range(3)]
+    assert [(report.updates, report.skipped) for report in reports] == [(4, 0), (2, 2), (4, 0)]
+
+    resumed = parameter(p0)
+    skipless = Adafactor([resumed], **kwargs)
+    for g in (grads[0], grads[3]):
+        resumed.grad = g
+        skipless.step()
+    assert_same_bits(snapshot(optimizer, params[1]), snapshot(skipless, resumed))
+
+
+def test_a_non_finite_first_gradient_leaves_a_fresh_state():
+    p0, grads = problem((40, 70), dtype=torch.float32)
+    p = parameter(p0)
+    optimizer = Adafactor([p], beta1=0.9)
+    before = snapshot(optimizer, p)
+    p.grad = torch.full_like(p0, math.nan)
+    optimizer.step()
+    assert_same_bits(snapshot(optimizer, p), before)
+    p.grad = grads[0]
+    optimizer.step()
+    assert_same_bits(snapshot(optimizer, p), walk(p0, grads[:1], beta1=0.9)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", FEW_SHAPES, ids=shape_id)
+def test_memory_is_written_before_it_is_read(shape: Shape, dtype: torch.dtype):
+    p0, grads = problem(shape, dtype=dtype)
+    kwargs = {"beta1": 0.9, "weight_decay": 0.1, "momentum_dtype": torch.bfloat16}
+    expected = walk(p0, grads, **kwargs)
+    with poisoned_memory():
+        assert torch.empty(3).isnan().all()
+        assert torch.empty_like(p0).isnan().all()
+        assert p0.new_empty(3).isnan().all()
+        taken = walk(p0, grads, **kwargs)
+    for ours, theirs in zip(taken, expected, strict=True):
+        assert_same_bits(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(507, 123), (700, 700), (100_000,), (20, 64, 64)], ids=shape_id)
+def test_the_same_inputs_give_the_same_bits(shape: Shape, dtype: torch.dtype):
+    p0, grads = problem(shape, steps=3, dtype=dtype)
+    first = walk(p0, grads, beta1=0.9)[-1]
+    for _ in range(3):
+        assert_same_bits(walk(p0, grads, beta1=0.9)[-1], first)
+
+
+# Temporaries
+
+
+WORKSPACE = 4 << 20
+NESTEROV = {"lr": 0.01, "scale_parameter": True, "beta1": 0.9, "nesterov": True, "weight_decay": 0.1}
+HALF_MOMENTUM = {"lr": 0.01, "beta1": 0.9, "momentum_mode": "unscaled", "momentum_dtype": torch.bfloat16}
+PERMUTED = {"factor": lambda name, shape: ((3,), (2, 1), (0,))}
+TEMPORARIES: list[tuple[Shape, torch.dtype, str, dict[str, Any]]] = [
+    ((4000, 3000), torch.float32, "dense", {}),
+    ((4000, 3000), torch.bfloat16, "dense", {}),
+    ((4000, 3000), torch.float16, "dense", NESTEROV),
+    ((4000, 3000), torch.float32, "dense", HALF_MOMENTUM),
+    ((3_000_000,), torch.float32, "dense", NESTEROV),
+    ((3_000_000,), torch.bfloat16, "dense", NESTEROV),
+    ((3_000_000,), torch.float32, "expanded", {}),
+    ((8, 200_000), torch.bfloat16, "dense", NESTEROV),
+    ((8, 200_000), torch.bfloat16, "expanded", {}),
+    ((40, 100_000), torch.bfloat16, "dense", NESTEROV),
+    ((100_000, 40), torch.bfloat16, "dense", {}),
+    ((32, 300_000), torch.float64, "dense", NESTEROV),
+    ((1500, 2000), torch.bfloat16, "transposed", NESTEROV),
+    ((1500, 2000), torch.bfloat16, "expanded", {}),
+    ((100, 200, 50), torch.bfloat16, "transposed", NESTEROV),
+    ((96, 128, 10, 8), torch.bfloat16, "dense", PERMUTED),
+    ((96, 128, 10, 8), torch.float32, "transposed", PERMUTED),
+]
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "layout", "kwargs"),
+    TEMPORARIES,
+    ids=[f"{shape_id(s)} {str(d)[6:]} {lay} {'+'.join(k) or 'paper'}" for s, d, lay, k in TEMPORARIES],
+)
+def test_temporaries_of_a_step_are_small(shape: Shape, dtype: torch.dtype, layout: str, kwargs: dict[str, Any]):
+    """At most 4 MiB and 64 bytes per row and column, over all matrices of a stack."""
+    p = torch.nn.Parameter(torch.ones(shape, dtype=dtype))
+    optimizer = Adafactor([p], **kwargs)
+    p.grad = {
+        "dense": lambda: torch.ones(shape, dtype=dtype),
+        "expanded": lambda: torch.ones((), dtype=dtype).expand(shape),
+        "transposed": lambda: torch.ones(shape[::-1], dtype=dtype).permute(tuple(reversed(range(len(shape))))),
+    }[layout]()
+    sides = [optimizer.state[p].get(name, torch.zeros(0)).numel() for name in ("exp_avg_sq_row", "exp_avg_sq_col")]
+    used, allowed = peak_allocated(optimizer.step), WORKSPACE + 64 * sum(sides)
+    assert used <= allowed, f"{used:,} bytes, {allowed:,} allowed"
+
+
+def test_the_measure_of_temporaries_sees_them():
+    def run() -> None:
+        kept = torch.ones(1 << 20)
+        kept.mul(2)
+        kept.mul(3)
+
+    assert 8 << 20 <= peak_allocated(run) <= (8 << 20) + 4096
