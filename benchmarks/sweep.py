@@ -28,25 +28,16 @@ from adafactor.cli._files import write_json
 from adafactor.cli._loop import Diverged, Setup, StopSignal, Trainer, train
 
 RESULTS = Path(__file__).parent / "results" / "sweep.json"
-GRID: dict[str, tuple[float | None, ...]] = {
-    "adafactor": (2.5e-2, 5e-2, 1e-1),
-    "adafactor-paper": (None,),
-    "adamw": (1.5e-3, 3e-3, 6e-3),
-    "adamw-nesterov": (1.5e-3, 3e-3, 6e-3),
-    "lion": (1e-3, 2e-3, 4e-3),
-    "scaled, bfloat16 momentum": (5e-2,),
-    "scaled, no Nesterov": (5e-2, 1e-1),
-    "scaled, no momentum": (2.5e-2, 5e-2),
-    "absolute, Nesterov": (1.5e-3, 3e-3, 6e-3),
-    "absolute, no Nesterov": (1.5e-3, 3e-3, 6e-3),
+# Variants of adamw_like, momentum in float32, and the learning rates to try.
+VARIANTS: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
+    "scaled, Nesterov": ({"scale_parameter": True, "nesterov": True}, (2.5e-2, 5e-2, 1e-1)),
+    "scaled": ({"scale_parameter": True}, (5e-2, 1e-1)),
+    "scaled, no momentum": ({"scale_parameter": True, "beta1": None}, (2.5e-2, 5e-2)),
+    "absolute, Nesterov": ({"nesterov": True}, (1.5e-3, 3e-3, 6e-3)),
+    "absolute": ({}, (1.5e-3, 3e-3, 6e-3)),
 }
-_VARIANTS: dict[str, dict[str, Any]] = {
-    "scaled, bfloat16 momentum": {"scale_parameter": True, "nesterov": True, "momentum_dtype": "bfloat16"},
-    "scaled, no Nesterov": {"scale_parameter": True},
-    "scaled, no momentum": {"scale_parameter": True, "beta1": None},
-    "absolute, Nesterov": {"nesterov": True},
-    "absolute, no Nesterov": {},
-}
+GRID: dict[str, tuple[float | None, ...]] = {name: c.grid or (None,) for name, c in CONTENDERS.items()}
+GRID |= {name: grid for name, (_, grid) in VARIANTS.items()}
 Cell = tuple[str, float | None, int]
 
 
@@ -54,9 +45,11 @@ def contender(name: str) -> Contender:
     """One of the CLI's, or a variant of Adafactor's recipe."""
     if name in CONTENDERS:
         return CONTENDERS[name]
-    overrides = _VARIANTS[name]
+    overrides, _ = VARIANTS[name]
     return replace(
-        CONTENDERS["adafactor"], name=name, make=lambda p, lr: Adafactor(p, **recipes.adamw_like(lr, **overrides))
+        CONTENDERS["adafactor"],
+        name=name,
+        make=lambda named, lr: Adafactor(named, **recipes.adamw_like(lr, **overrides)),
     )
 
 
@@ -99,7 +92,9 @@ def table(cells: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default=",".join(k for k in GRID if "," not in k), help="names of GRID, by commas")
+    parser.add_argument(
+        "--only", default=",".join(CONTENDERS), help="which of the CLI's optimizers, separated by commas"
+    )
     parser.add_argument("--variants", action="store_true", help="the variants of Adafactor's recipe instead")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--lr", type=float, nargs="*", help="these instead of the grid")
@@ -116,7 +111,7 @@ def main() -> None:
     cells: list[dict[str, Any]] = stored["cells"]
     if not options.table:
         done = {(cell["optimizer"], cell["lr"], cell["seed"]) for cell in cells}
-        names = list(_VARIANTS) if options.variants else options.only.split(",")
+        names = list(VARIANTS) if options.variants else options.only.split(",")
         grid = [(n, lr, int(s)) for s in options.seeds.split(",") for n in names for lr in options.lr or GRID[n]]
         todo = [cell for cell in grid if cell not in done]
         RESULTS.parent.mkdir(parents=True, exist_ok=True)

@@ -102,6 +102,19 @@ def test_bf16_second_moments_would_freeze_and_ours_do_not():
     )
 
 
+@pytest.mark.parametrize("beta1", [0.9, 0.99])
+def test_bf16_momentum_reaches_its_mean(beta1):
+    # Rounded to nearest, the average of a constant 1 stops at 0.98 and 0.80.
+    p = torch.nn.Parameter(torch.zeros(64, 64))
+    optimizer = Adafactor([p], lr=1e-6, beta1=beta1, momentum_dtype=torch.bfloat16, momentum_mode="unscaled")
+    count = round(20 / (1 - beta1))
+    steps(optimizer, [torch.ones(64, 64)] * count)
+    mean = optimizer.state[p]["exp_avg"].double().mean().item()
+    # An average of roundings of spacing 2^-8: their variance adds up to at most 1 / (1 - beta1^2) of one rounding's.
+    sigma = 0.5 * 2**-8 / (1 - beta1**2) ** 0.5 / 64
+    assert mean == pytest.approx(1, abs=6 * sigma + beta1**count)
+
+
 @pytest.mark.parametrize("scale", [1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_small_gradients_do_not_make_small_updates(dtype, scale):

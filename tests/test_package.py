@@ -28,7 +28,7 @@ LADDER = {
     "_optimizer": {"_hyper", "_schedule", "_plan", "_rounding", "_state", "_reports", "backends"},
     "memory": {"_hyper", "_plan"},
     "recipes": set(),
-    "compat": {"_optimizer"},
+    "compat": {"_hyper", "_optimizer"},
     "": {"_optimizer", "_plan", "memory", "recipes", "compat"},
 }
 COMMAND_LINE_ONLY = {"typer", "rich", "matplotlib", "jinja2", "numpy", "safetensors", "PIL", "transformers"}

@@ -271,7 +271,7 @@ def test_lr_zero_changes_no_weight(
     assert not torch.equal(p.detach(), p0)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("mode", [mode for mode, kwargs in MODES.items() if "weight_decay" not in kwargs])
 def test_zero_gradients_leave_the_weights(mode: str, dtype: torch.dtype):
     for shape in FEW_SHAPES:

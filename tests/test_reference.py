@@ -44,8 +44,9 @@ from adafactor.backends import reference
 from adafactor.memory import peak_allocated
 from oracle import State
 
-# The default mode on every shape, every mode on a few.
+# Two modes on every shape, other views wherever there are any, and every mode on a few shapes.
 CASES = [(shape, mode) for shape in SHAPES for mode in ("paper", "momentum")]
+CASES += [(shape, mode) for shape in SHAPES for mode in ("last2", "function") if len(shape) > 1 and 0 not in shape]
 CASES += [case for case in product(FEW_SHAPES, MODES) if case not in CASES]
 all_cases = pytest.mark.parametrize(
     ("shape", "mode"), CASES, ids=[f"{shape_id(shape)} {mode}" for shape, mode in CASES]
@@ -87,7 +88,54 @@ def test_float32_is_within_its_rounding_errors(shape: Shape, mode: str):
             assert_close(found, getattr(theirs, letter), bound[letter], f"{letter} after step {t}")
 
 
-def float32_bounds(p0: Tensor, kwargs: dict[str, Any], states: list[State]) -> list[dict[str, Any]]:
+LATE = ["paper", "beta2 fixed", "decay_rate -1", "relative, capped by lr", "momentum, unscaled", "warm-up"]
+
+
+@pytest.mark.parametrize("shape", [(31,), (40, 70), (3, 40, 33)], ids=shape_id)
+@pytest.mark.parametrize("mode", LATE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_the_millionth_step_agrees_with_the_oracle(dtype: torch.dtype, mode: str, shape: Shape):
+    """Where 1 - beta2_t is 1.6e-5 and less: to 1e-12 in float64, and in float32 to the roundings of a few steps."""
+    p0, grads = problem(shape, dtype=dtype)
+    kwargs = MODES[mode]
+    p, state = parameter(p0), oracle.init(p0.double().numpy())
+    optimizer = Adafactor([p], **kwargs)
+    expected = []
+    for index, g in enumerate(grads):
+        if index == 2:
+            optimizer.state[p]["step"].fill_(1e6)
+            state = replace(state, t=1_000_000)
+        p.grad = g
+        optimizer.step()
+        state = oracle.step(state, g.double().numpy(), oracle_hyper(kwargs), oracle_view(shape, kwargs))
+        expected.append(state)
+    taken = snapshot(optimizer, p)
+    assert taken["step"].item() == 1_000_004
+    bound = float32_bounds(p0, kwargs, expected, constant_lr=True)[-1]
+    displacement = np.max(np.abs(state.p - p0.double().numpy()))
+    if dtype == torch.float64:
+        bound["p"] = 1e-12 * displacement + 12 * 2.0**-53 * np.max(np.abs(state.p))
+    assert_close(taken["p"].double(), state.p, bound["p"], "p")
+    for letter, found in statistics(taken, oracle_view(shape, kwargs)).items():
+        right = getattr(state, letter)
+        exact = 1e-12 * (np.max(np.abs(right)) if letter == "M" else right)
+        assert_close(found, right, exact if dtype == torch.float64 else bound[letter], letter)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", FEW_SHAPES, ids=shape_id)
+def test_gradients_are_not_written_to(shape: Shape, dtype: torch.dtype):
+    for mode in ("paper", "nesterov, unscaled", "maximize", "function"):
+        p0, grads = problem(shape, steps=2, dtype=dtype)
+        kept = [g.clone() for g in grads]
+        walk(p0, grads, **MODES[mode])
+        for g, before in zip(grads, kept, strict=True):
+            assert_same_bits({"g": g}, {"g": before}, mode)
+
+
+def float32_bounds(
+    p0: Tensor, kwargs: dict[str, Any], states: list[State], constant_lr: bool = False
+) -> list[dict[str, Any]]:
     """How far float32 may be from the oracle, to first order in u = 2^-24, by counting roundings.
 
     torch adds in a cascade of four levels of at most 16 additions each for up to 2^16 terms, in at most 32 lanes, which
@@ -123,7 +171,7 @@ def float32_bounds(p0: Tensor, kwargs: dict[str, Any], states: list[State]) -> l
             mean_size = hyper.beta1 * mean_size + (1 - hyper.beta1) * size
             step = hyper.beta1 * mean_size + (1 - hyper.beta1) * size if hyper.nesterov else mean_size
         step = step * (1 if hyper.momentum_mode == "scaled" else alpha)
-        lr = state.rho if hyper.lr is None else (lr_at(kwargs, index) or 0.0)
+        lr = state.rho if hyper.lr is None else hyper.lr * (1.0 if constant_lr else LR_COURSE[index])
         decay = {"lr": lr, "scaled_lr": alpha, "independent": 1.0, "lr_squared": state.rho**2}
         decayed = hyper.wd * decay[hyper.weight_decay_mode] * np.abs(state.p)
         allowed = allowed + u * (count * (step + decayed) + (3 if hyper.wd else 1) * np.abs(state.p))
@@ -226,7 +274,7 @@ LAYOUT_CASES = [
 ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     ("shape", "layout", "which"), LAYOUT_CASES, ids=[f"{shape_id(s)} {lay} {w}" for s, lay, w in LAYOUT_CASES]
 )
@@ -386,9 +434,7 @@ def test_blocks_agree_with_the_oracle_and_with_one_large_block(block: Callable[[
             assert_torch_close(ours[name], theirs[name], rtol=1e-13, atol=1e-13 * float(theirs[name].abs().max()))
 
 
-@pytest.mark.parametrize(
-    "shape", [(1500, 2000), (2000, 1500), (2_500_000,), (40, 200, 300), (6, 400_000)], ids=shape_id
-)
+@pytest.mark.parametrize("shape", [(1200, 2000), (2000, 500), (2_500_000,), (40, 100, 200), (6, 200_000)], ids=shape_id)
 def test_tensors_of_many_blocks_agree_with_the_oracle(shape: Shape):
     p0, grads = problem(shape, steps=2)
     taken, expected = walk(p0, grads), oracle_walk(p0, grads)
@@ -422,11 +468,9 @@ def test_a_non_finite_gradient_skips_its_parameter_alone(
     kwargs: dict[str, Any], dtype: torch.dtype, bad: float, shape: Shape
 ):
     p0, grads = problem(shape, steps=4, dtype=dtype)
+    kwargs = {**kwargs, "rounding": "nearest"}
     params, alone = [parameter(p0) for _ in range(3)], parameter(p0)
-    optimizer, clean = (
-        Adafactor([*params], **kwargs, rounding="nearest"),
-        Adafactor([alone], **kwargs, rounding="nearest"),
-    )
+    optimizer, clean = Adafactor([*params], **kwargs), Adafactor([alone], **kwargs)
     for index, g in enumerate(grads):
         poisoned = g.clone()
         poisoned.view(-1)[-1 if index == 1 else 0] = bad
@@ -500,8 +544,8 @@ PERMUTED = {"factor": lambda name, shape: ((3,), (2, 1), (0,))}
 TEMPORARIES: list[tuple[Shape, torch.dtype, str, dict[str, Any]]] = [
     ((4000, 3000), torch.float32, "dense", {}),
     ((4000, 3000), torch.bfloat16, "dense", {}),
-    ((4000, 3000), torch.float16, "dense", NESTEROV),
-    ((4000, 3000), torch.float32, "dense", HALF_MOMENTUM),
+    ((1500, 2000), torch.float16, "dense", NESTEROV),
+    ((1500, 2000), torch.float32, "dense", HALF_MOMENTUM),
     ((3_000_000,), torch.float32, "dense", NESTEROV),
     ((3_000_000,), torch.bfloat16, "dense", NESTEROV),
     ((3_000_000,), torch.float32, "expanded", {}),

@@ -270,9 +270,9 @@ def test_momentum_is_neither_invented_nor_dropped():
     without_momentum, _ = transformers_optimizer(parameters())
     for theirs in (with_momentum, without_momentum):
         train(theirs, torch.Generator().manual_seed(1))
-    with pytest.raises(ValueError, match="has momentum for parameter 'param 0'"):
+    with pytest.raises(ValueError, match="the checkpoint has momentum for parameter 'param 0'"):
         Adafactor(parameters(), **compat.transformers()).load_state_dict(with_momentum.state_dict())
-    with pytest.raises(ValueError, match="no 'exp_avg' for parameter"):
+    with pytest.raises(ValueError, match="this optimizer has momentum for .* build the optimizer with beta1=None"):
         Adafactor(parameters(), **compat.transformers(beta1=0.9)).load_state_dict(without_momentum.state_dict())
 
 
@@ -299,3 +299,101 @@ def test_our_checkpoint_brings_its_hyperparameters_and_its_plan():
     assert (group["lr"], group["beta1"], group["factor"]) == (0.25, 0.5, "none")
     expected = plan(parameters(), beta1=0.5, lr=0.25, factor="none")
     assert [row.state_bytes for row in optimizer.explain()] == [tensor.nbytes for tensor in expected]
+
+
+# Other writers of checkpoints
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["nested", "full"])
+@pytest.mark.parametrize("flat", [False, True], ids=["unflattened", "flattened"])
+def test_a_partly_frozen_model_survives_distributed_checkpoints(full, flat):
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        get_optimizer_state_dict,
+        set_optimizer_state_dict,
+    )
+
+    if full and flat:
+        pytest.skip("torch itself cannot load a full and flattened optimizer state")
+    model = torch.nn.Sequential(torch.nn.Linear(40, 40), torch.nn.Linear(40, 40))
+    model[0].weight.requires_grad_(False)
+    views = {1: None, 2: ((), (0,), (1,))}
+    optimizer = Adafactor(model.parameters(), lr=1e-2, beta1=0.9, factor=lambda name, shape: views[len(shape)])
+    generator = torch.Generator().manual_seed(0)
+
+    def train_once():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.grad = torch.randn(p.shape, generator=generator)
+        optimizer.step()
+
+    train_once()
+    options = StateDictOptions(full_state_dict=full, flatten_optimizer_state_dict=flat)
+    saved = copy.deepcopy(get_optimizer_state_dict(model, optimizer, options=options))
+    weights_then = copy.deepcopy(model.state_dict())
+    train_once()
+    expected = copy.deepcopy(model.state_dict())
+
+    generator.manual_seed(0)
+    for p in model.parameters():
+        if p.requires_grad:
+            torch.randn(p.shape, generator=generator)
+    model.load_state_dict(weights_then)
+    optimizer = Adafactor(model.parameters(), lr=1.0, beta1=0.5, factor=lambda name, shape: views[len(shape)])
+    set_optimizer_state_dict(model, optimizer, saved, options=options)
+    train_once()
+    assert_equal(model.state_dict().values(), expected.values())
+
+
+def test_a_checkpoint_is_complete_whatever_happened_to_the_parameters():
+    params = parameters()
+    optimizer = Adafactor(params, lr=1e-2)
+    train(optimizer, torch.Generator().manual_seed(1))
+    del optimizer.state[params[0]]
+    optimizer.param_groups[0]["params"][2] = torch.nn.Parameter(torch.randn(40, 48))
+    saved = optimizer.state_dict()
+    assert saved["state"].keys() == set(range(len(SHAPES)))
+    Adafactor(parameters()).load_state_dict(saved)
+
+
+def test_a_checkpoint_of_an_optimizer_that_never_stepped_starts_anew():
+    theirs, translated = transformers_optimizer(parameters())
+    ours = Adafactor(parameters(), **translated)
+    train(ours, torch.Generator().manual_seed(1))
+    ours.load_state_dict(theirs.state_dict())
+    assert ours.param_groups[0]["updates"] == 0
+    assert all(int(state["step"]) == 0 for state in ours.state.values())
+
+
+def test_a_checkpoint_of_another_model_is_refused_even_where_the_sizes_agree():
+    theirs, translated = transformers_optimizer([torch.nn.Parameter(torch.randn(24, 20, 3, 3))])
+    train(theirs, torch.Generator().manual_seed(1))
+    with pytest.raises(ValueError, match="'exp_avg_sq_row' of parameter 'param 0' has shape"):
+        Adafactor([torch.nn.Parameter(torch.randn(20, 24, 3, 3))], **translated).load_state_dict(theirs.state_dict())
+
+
+def test_what_is_not_a_checkpoint_is_refused():
+    with pytest.raises(ValueError, match="'state' and 'param_groups'"):
+        Adafactor(parameters()).load_state_dict({})
+
+
+def test_pickle_with_a_factor_function_keeps_the_views_and_asks_for_new_ones():
+    optimizer = Adafactor(parameters(), lr=1e-2, factor=lambda name, shape: None)
+    twin = pickle.loads(pickle.dumps(optimizer))
+    assert [row.view for row in twin.explain()] == ["full"] * len(SHAPES)
+    with pytest.raises(ValueError, match="factor must be one of.*'a function that was not saved'"):
+        twin.add_param_group({"params": parameters()})
+    twin.add_param_group({"params": parameters(), "factor": "auto"})
+
+
+def test_what_others_keep_in_the_state_stays():
+    params = parameters()
+    optimizer = Adafactor(params, lr=1e-2)
+    optimizer.state[params[0]]["slow"] = torch.ones(3)
+    optimizer.state["lookahead"] = 7
+    train(optimizer, torch.Generator().manual_seed(1))
+    optimizer.diagnostics()
+    twin = Adafactor(parameters(), lr=1e-2)
+    twin.load_state_dict(optimizer.state_dict())
+    assert twin.state["lookahead"] == 7
+    assert torch.equal(twin.state[twin.param_groups[0]["params"][0]]["slow"], torch.ones(3))

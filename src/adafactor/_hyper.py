@@ -1,12 +1,13 @@
 """Hyperparameters: their defaults, their ranges and every contradiction between them.
 
-A param group holds plain values only (numbers, strings, tuples), so that any checkpoint writer can store it.
+A param group holds plain values only (numbers and strings), so that any checkpoint writer can store it.
 `resolve` turns what a user wrote into such a group; `Hyper.of` reads a group back, checked.
 """
 
 from __future__ import annotations
 
 import math
+import numbers
 import sys
 import warnings
 from collections.abc import Mapping
@@ -17,7 +18,8 @@ import torch
 
 PARAMETER_DTYPES = ("float32", "bfloat16", "float16", "float64")
 MOMENTUM_DTYPES = ("float32", "bfloat16", "int8")
-FACTOR_RULES = ("auto", "last2", "first2", "largest2", "none")
+BACKENDS = ("auto", "reference", "cpu", "triton")
+FACTOR_RULES = ("auto", "last2", "first2", "largest2", "none")  # or a function of (name, shape)
 RELATIVE_STEP_CAP = 1e-2  # the paper's rho_t never exceeds this when no lr is given
 SMALLEST_EPS1 = 1e-37  # float32 has no normal number below 1.2e-38
 
@@ -54,7 +56,7 @@ class Hyper:
     momentum_dtype: str = "float32"
     nesterov: bool = False
     weight_decay_mode: str = "lr"
-    factor: str | tuple = "auto"
+    factor: str = "auto"
     min_dim_size_to_factor: int = 32
     rms_scope: str = "matrix"
     maximize: bool = False
@@ -74,25 +76,31 @@ class Hyper:
     def __post_init__(self) -> None:
         if not isinstance(self.eps, (tuple, list)) or len(self.eps) != 2:
             raise ValueError(f"eps must be a pair (eps1, eps2), got {self.eps!r}; the default is (1e-30, 1e-3)")
-        object.__setattr__(self, "eps", tuple(self.eps))
-        object.__setattr__(self, "momentum_dtype", dtype_name(self.momentum_dtype))
-        _number("eps[0]", self.eps[0], low=SMALLEST_EPS1, fix="it keeps unseen rows finite in float32; use 1e-30")
-        _number("eps[1]", self.eps[1], low=0.0)
-        _number("clip_threshold", self.clip_threshold, above=0.0, optional=True, fix="None switches clipping off")
-        _number("decay_rate", self.decay_rate, high=0.0, fix="the exponent is negative here: 0.8 elsewhere is -0.8")
-        _number("beta1", self.beta1, low=0.0, below=1.0, optional=True)
-        _number("beta2", self.beta2, low=0.0, below=1.0, optional=True)
-        _number("beta2_cap", self.beta2_cap, low=0.0, below=1.0, optional=True)
-        _number("weight_decay", self.weight_decay, low=0.0)
-        _integer("min_dim_size_to_factor", self.min_dim_size_to_factor, low=0)
-        _integer("seed", self.seed)
+        eps1 = _number("eps[0]", self.eps[0], low=SMALLEST_EPS1, fix="unseen rows need it in float32; use 1e-30")
+        plain = {
+            "eps": (eps1, _number("eps[1]", self.eps[1], low=0.0)),
+            "clip_threshold": _number("clip_threshold", self.clip_threshold, above=0.0, optional=True),
+            "decay_rate": _number("decay_rate", self.decay_rate, high=0.0, fix="0.8 in other packages is -0.8 here"),
+            "beta1": _number("beta1", self.beta1, low=0.0, below=1.0, optional=True),
+            "beta2": _number("beta2", self.beta2, low=0.0, below=1.0, optional=True),
+            "beta2_cap": _number("beta2_cap", self.beta2_cap, low=0.0, below=1.0, optional=True),
+            "weight_decay": _number("weight_decay", self.weight_decay, low=0.0),
+            "min_dim_size_to_factor": _integer("min_dim_size_to_factor", self.min_dim_size_to_factor, low=0),
+            "seed": _integer("seed", self.seed),
+            "momentum_dtype": dtype_name(self.momentum_dtype),
+        }
+        for name in ("scale_parameter", "relative_step", "warmup_init", "nesterov", "maximize"):
+            _choice(name, getattr(self, name), (True, False))
+            plain[name] = bool(getattr(self, name))
+        for name, value in plain.items():
+            object.__setattr__(self, name, value)
         _choice("momentum_mode", self.momentum_mode, ("scaled", "unscaled"))
         _choice("momentum_dtype", self.momentum_dtype, MOMENTUM_DTYPES)
         _choice("weight_decay_mode", self.weight_decay_mode, ("lr", "scaled_lr", "independent", "lr_squared"))
         _choice("rms_scope", self.rms_scope, ("matrix", "tensor"))
         _choice("rounding", self.rounding, ("stochastic", "nearest"))
         _choice("weight_bits", self.weight_bits, (None, 24, 32))
-        if isinstance(self.factor, str):
+        if not isinstance(self.factor, str) or not self.factor.startswith("["):  # the views that a function chose
             _choice("factor", self.factor, FACTOR_RULES)
         self._refuse_contradictions()
         if self.weight_bits is not None:
@@ -124,13 +132,18 @@ def resolve(group: dict[str, Any]) -> None:
     """Make a param group as the user wrote it complete, in place: plain values only, nothing left to be decided.
 
     `group["rho"]` is None where lr is an input. Without an lr it is the relative step of the last update, of which
-    `group["lr"]` is a copy for loggers and schedulers to read; `group["updates"]` counts the updates behind it.
+    `group["lr"]` is a copy for loggers and schedulers to read; `group["updates"]` counts the updates behind it, those
+    that were skipped for a non-finite gradient included.
     """
+    if "backend" in group:
+        raise ValueError(f"backend={group['backend']!r} belongs to the optimizer, not to a param group")
     lr, relative, scale = group["lr"], group["relative_step"], group["scale_parameter"]
-    if lr is None and relative is False:
+    for name in ("relative_step", "scale_parameter"):
+        _choice(name, group[name], (None, True, False))
+    if lr is None and relative is not None and not relative:
         raise ValueError("lr=None means the paper's relative step, which relative_step=False switches off; give an lr")
-    check_lr(lr)
-    if relative is False and scale is None:
+    group["lr"] = check_lr(lr)
+    if relative is not None and not relative and scale is None:
         warnings.warn(
             "relative_step=False without scale_parameter: the step is not scaled by RMS(p) here, as it would be in "
             "transformers; say scale_parameter=False or True to choose",
@@ -146,16 +159,21 @@ def resolve(group: dict[str, Any]) -> None:
         group["rho"] = group["lr"] = 1e-6 if hyper.warmup_init else RELATIVE_STEP_CAP
 
 
-def check_lr(lr: Any) -> None:
+def check_lr(lr: Any) -> Lr | None:
+    """The same lr as None, a float or a tensor with one element."""
     if lr is None:
-        return
-    if isinstance(lr, torch.Tensor):
-        if lr.numel() != 1 or lr.is_complex():
-            raise ValueError(f"lr must be a real number or a tensor with one element, got shape {tuple(lr.shape)}")
-        if lr.device.type != "cpu":
-            return  # reading its value would wait for the device
-        lr = lr.item()
-    _number("lr", lr, low=0.0)
+        return None
+    if not isinstance(lr, torch.Tensor):
+        return _number("lr", lr, low=0.0)
+    if lr.numel() != 1 or lr.is_complex():
+        raise ValueError(f"lr must be a real number or a tensor with one element, got shape {tuple(lr.shape)}")
+    if lr.device.type == "cpu":  # elsewhere, reading its value would wait for the device
+        _number("lr", lr.item(), low=0.0)
+    return lr
+
+
+def check_backend(backend: Any) -> None:
+    _choice("backend", backend, BACKENDS)
 
 
 def _number(
@@ -168,21 +186,23 @@ def _number(
     below: float = math.inf,
     optional: bool = False,
     fix: str = "",
-) -> None:
+) -> float | None:
     if value is None and optional:
-        return
+        return None
     bounds = [f">= {low}" * (low > -math.inf), f"<= {high}" * (high < math.inf)]
     bounds += [f"> {above}" * (above > -math.inf), f"< {below}" * (below < math.inf)]
     rule = " and ".join(filter(None, bounds)) or "finite"
-    number = value if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
+    number = float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else math.nan
     if not (math.isfinite(number) and low <= number <= high and above < number < below):
         rule += " or None" * optional
         raise ValueError(f"{name} must be a number {rule}, got {value!r}" + f"; {fix}" * bool(fix))
+    return number
 
 
-def _integer(name: str, value: Any, low: float = -math.inf) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < low:
+def _integer(name: str, value: Any, low: float = -math.inf) -> int:
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < low:
         raise ValueError(f"{name} must be an integer{f' >= {low}' * (low > -math.inf)}, got {value!r}")
+    return int(value)
 
 
 def _choice(name: str, value: Any, allowed: tuple) -> None:

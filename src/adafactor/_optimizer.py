@@ -15,11 +15,11 @@ from torch.optim import Optimizer
 
 from adafactor import _state
 from adafactor._hyper import DEFAULTS, Hyper, Lr, caller_level, check_lr, dtype_name, resolve
-from adafactor._plan import TensorPlan, check_parameter, resolve_factor, tensor_plan, view_of
+from adafactor._plan import TensorPlan, View, check_parameter, resolve_factor, tensor_plan, view_of
 from adafactor._reports import Diagnostics, Explanation, diagnostics_of, explanation_of
 from adafactor._rounding import stream_key
-from adafactor._schedule import rho_at
-from adafactor.backends import Report, Task, select
+from adafactor._schedule import exact, rho_at
+from adafactor.backends import Report, Streams, Task, select
 
 
 class Adafactor(Optimizer):
@@ -34,7 +34,7 @@ class Adafactor(Optimizer):
     smaller than their spacing still count; all arithmetic and all statistics are float32.
 
     Args:
-        params: parameters, named parameters or param groups. Every argument below can be set per group.
+        params: parameters, named parameters or param groups. Every argument but `backend` can be set per group.
         lr: the learning rate, as in AdamW: a number >= 0 or a tensor with one element. None is the paper: the relative
             step `min(1e-2, 1/sqrt(t))` scaled by RMS(p) (default: None)
         eps: eps1 >= 1e-37, added to the squared gradient, and eps2 >= 0, the least RMS(p) when the step is scaled
@@ -59,7 +59,7 @@ class Adafactor(Optimizer):
         min_dim_size_to_factor: both sides of a matrix must reach it to be factored (default: 32)
         rms_scope: RMS(U) and RMS(p) per "matrix" of a stack or of the whole "tensor" (default: "matrix")
         maximize: ascend (default: False)
-        rounding: "stochastic" or "nearest", for 16-bit weights (default: "stochastic")
+        rounding: "stochastic" or "nearest", for 16-bit weights and momentum (default: "stochastic")
         weight_bits: not built yet (default: None)
         seed: of the stochastic rounding (default: 0)
         backend: "auto" or "reference" (default: "auto"); `explain()` says what was chosen
@@ -109,13 +109,16 @@ class Adafactor(Optimizer):
         arguments["momentum_dtype"] = dtype_name(momentum_dtype)
         select(backend, torch.device("cpu"))
         self._backend = backend
-        self._start()
+        self._start(ready=False)
         super().__init__(params, arguments)
+        self._ready = True
+        self._rebuild()
 
-    def _start(self) -> None:
+    def _start(self, ready: bool = True) -> None:
         """What is rebuilt, not saved."""
         self._slots: dict[Tensor, _Slot] = {}
         self._warned_lr = False
+        self._ready = ready  # not before the constructor has all groups
 
     # The torch.optim contract
 
@@ -129,10 +132,11 @@ class Adafactor(Optimizer):
         super().add_param_group(dict(param_group))
         group = self.param_groups[-1]
         try:
-            if not isinstance(group["factor"], str):
+            if callable(group["factor"]):
                 group["factor"] = resolve_factor(group["factor"], _shapes(self._named(group, start)))
             resolve(group)
-            self._rebuild()
+            if self._ready:
+                self._rebuild()
         except Exception:
             self.param_groups.pop()
             raise
@@ -178,19 +182,22 @@ class Adafactor(Optimizer):
             hook.remove()
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of every parameter and the param groups, plain values only."""
-        self._forget_removed()
+        """The state of every trainable parameter and the param groups, plain values only."""
+        self._rebuild()
         return super().state_dict()
 
     def __getstate__(self) -> dict[str, Any]:
-        self._forget_removed()
-        return super().__getstate__() | {"_backend": self._backend}
+        self._rebuild()
+        saved = super().__getstate__() | {"_backend": self._backend}
+        if callable(self.defaults["factor"]):  # the groups hold what it chose; a later group has to bring its own
+            saved["defaults"] = self.defaults | {"factor": "a function that was not saved"}
+        return saved
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.defaults.pop("differentiable", None)  # the base class adds it to what it restores
         self._start()
-        if any(isinstance(saved, _Shielded) for saved in self.state.values()):
-            self._adopt()
+        self._adopt()
 
     # What users ask
 
@@ -199,58 +206,72 @@ class Adafactor(Optimizer):
 
         `print(optimizer.explain())` shows a table.
         """
-        return explanation_of((slot.plan, select(self._backend, p.device)) for p, slot in self._all_slots())
+        self._rebuild()
+        return explanation_of(
+            (slot.plan, p in self.state, select(self._backend, p.device)) for p, slot in self._slots.items()
+        )
 
     def diagnostics(self) -> dict[str, Diagnostics]:
         """Per parameter: updates, RMS(U), share of clipped updates, step size, skipped gradients. Waits for the device.
 
         Counts start when the optimizer is built, unpickled or loaded.
         """
-        return {slot.plan.name: diagnostics_of(slot.report) for _, slot in self._all_slots()}
+        self._rebuild()
+        return {slot.plan.name: diagnostics_of(slot.report) for slot in self._slots.values()}
 
     def step_in_backward(self, accumulation_steps: int = 1) -> Any:
         """Not built yet: update parameters during backward and free their gradients."""
         raise NotImplementedError("step_in_backward is not built yet; call step() after backward")
 
     def _get_lr(self, param_group: dict[str, Any], param_state: dict[str, Any]) -> Any:
-        """The lr of a group, under the name that transformers' AdafactorSchedule calls."""
-        del param_state
-        return param_group["lr"] if param_group["rho"] is None else param_group["rho"]
+        """The step size of a group before scaling, under the name that transformers' AdafactorSchedule calls."""
+        if param_group["rho"] is not None:
+            return param_group["rho"]
+        return rho_at(Hyper.of(param_group), param_group["lr"], max(1, int(param_state["step"])))
 
     # The step
 
     def _update(self) -> None:
         tasks: dict[torch.device, list[Task]] = {}
+        updated: list[dict[str, Any]] = []
         for group in self.param_groups:
-            check_lr(group["lr"])
-            hyper, lr = Hyper.of(group), self._lr(group)
-            updated = False
+            hyper = Hyper.of(group)
+            lr = self._lr(group, hyper)
             for p in dict.fromkeys(group["params"]):
                 if p.grad is None:
                     continue
                 slot = self._slot(p, hyper)
                 _check_gradient(slot.plan.name, p.grad)
-                task = Task(slot.plan, hyper, p, p.grad, self.state[p], lr, slot.stream, slot.report)
+                task = Task(slot.plan, hyper, p, p.grad, self.state[p], lr, slot.streams, slot.report)
                 tasks.setdefault(p.device, []).append(task)
-                updated = True
-            if updated:
-                group["updates"] += 1
-                if group["rho"] is not None:
-                    group["rho"] = group["lr"] = rho_at(hyper, None, group["updates"])
+                if not updated or updated[-1] is not group:
+                    updated.append(group)
         for device, batch in tasks.items():
             backend = select(self._backend, device).backend
             _allocate_sums(batch, device)
             backend.sweep(batch)
             # On one device the local sums are the global sums; sharded, this is where they cross the mesh.
             backend.apply(batch)
+        for group in updated:
+            self._show_lr(group, group["updates"] + 1)
 
-    def _lr(self, group: dict[str, Any]) -> Lr | None:
+    def _show_lr(self, group: dict[str, Any], updates: int) -> None:
+        group["updates"] = updates
+        if group["rho"] is not None and updates:
+            group["rho"] = group["lr"] = rho_at(Hyper.of(group), None, updates)
+
+    def _lr(self, group: dict[str, Any], hyper: Hyper) -> Lr | None:
         """The lr that the backends get: None where the relative step is the paper's own."""
-        lr = group["lr"]
+        lr = check_lr(group["lr"])
+        if lr is None or (group["rho"] is not None and not hyper.relative_step):
+            raise ValueError(
+                f"lr={lr} and relative_step={hyper.relative_step} in a group that was built otherwise; "
+                "build the optimizer with an lr to switch relative_step off"
+            )
         if group["rho"] is None:
-            return lr.reshape(()) if isinstance(lr, Tensor) else lr
-        # AdafactorSchedule writes 0.0 before the first step; any other value that is not ours is a schedule's.
-        if not self._warned_lr and lr not in (group["rho"], 0.0):
+            return exact(lr) if isinstance(lr, Tensor) else lr
+        # transformers' AdafactorSchedule writes 0.0 where it has no gradient to ask, and leaves no initial_lr behind.
+        if not self._warned_lr and lr != group["rho"] and (lr or "initial_lr" in group):
             self._warned_lr = True
             warnings.warn(
                 f"lr was set to {lr}, but this group was built with lr=None: its step is the paper's relative step, "
@@ -271,47 +292,50 @@ class Adafactor(Optimizer):
         for index, p in enumerate(group["params"]):
             yield index, names[index] if names else f"param {start + index}", p
 
-    def _all_slots(self) -> Iterator[tuple[Tensor, _Slot]]:
-        self._rebuild()
-        yield from self._slots.items()
-
     def _slot(self, p: Tensor, hyper: Hyper) -> _Slot:
         """The plan of a parameter, with its state allocated; rebuilt when the parameter or its group has changed."""
-        slot, state = self._slots.get(p), self.state.get(p)
-        if slot is None or not state or slot.key != _key(p, hyper) or state["step"].device != p.device:
-            self._rebuild()
-            slot = self._slots[p]
-        return slot
+        slot, state = self._slots.get(p), self.state.get(p, {})
+        if slot and slot.key == _key(p, hyper) and slot.names <= state.keys() and state["step"].device == p.device:
+            return slot
+        self._rebuild()
+        return self._slots[p]
 
     def _rebuild(self) -> None:
         """Plans from the groups as they are; states allocated, moved or converted where they no longer fit.
 
-        Parameters without data (on "meta", or lazy) wait for their first use.
+        Parameters without data (on "meta", or lazy) and frozen ones wait for their first use.
         """
         self._forget_removed()
-        old, slots = self._slots, {}
-        start, seen = 0, Counter()
+        slots: dict[Tensor, _Slot] = {}
+        start, seen, places = 0, Counter(), {}
         for group in self.param_groups:
             hyper = Hyper.of(group)
             for index, name, p in self._named(group, start):
                 seen[name] += 1
-                if not _has_data(p):
-                    continue
                 name = name if seen[name] == 1 else f"{name}#{seen[name]}"
-                check_parameter(name, p.dtype)
-                _refuse_sharded(name, p)
-                view = view_of(hyper.factor, index, tuple(p.shape), hyper.min_dim_size_to_factor)
-                plan = tensor_plan(name, p.shape, p.dtype, hyper, view)
-                state = self.state.get(p)
-                if not state:
-                    self.state[p] = _state.allocate(plan, p.device)
-                elif not isinstance(state, _Shielded):
-                    self.state[p] = _state.carry_over(plan, state, p.device)
-                kept = p in old and old[p].report.counts.device == p.device
-                report = old[p].report if kept else Report(torch.zeros(3, device=p.device))
-                slots[p] = _Slot(_key(p, hyper), plan, stream_key(hyper.seed, name), report)
+                if _has_data(p) and p not in slots:
+                    _refuse_shared(name, p, places)
+                    view = view_of(hyper.factor, index, name, tuple(p.shape), hyper.min_dim_size_to_factor)
+                    slots[p] = self._new_slot(p, name, hyper, view)
             start += len(group["params"])
         self._slots = slots
+
+    @torch.inference_mode(False)  # wherever the optimizer is built, steps write to what is allocated here
+    def _new_slot(self, p: Tensor, name: str, hyper: Hyper, view: View | None) -> _Slot:
+        check_parameter(name, p.dtype)
+        _refuse_sharded(name, p)
+        plan = tensor_plan(name, p.shape, p.dtype, hyper, view)
+        state, old = self.state.get(p), self._slots.get(p)
+        if isinstance(state, dict) and state:
+            self.state[p] = _state.carry_over(plan, state, p.device)
+        elif not state and (p.requires_grad or p.grad is not None):
+            self.state[p] = _state.allocate(plan, p.device)
+        if old and old.report.counts.device == p.device:
+            report = old.report
+        else:
+            report = Report(torch.zeros(3, dtype=torch.float32, device=p.device))
+        streams = Streams(stream_key(hyper.seed, name), stream_key(hyper.seed, f"{name}/exp_avg"))
+        return _Slot(_key(p, hyper), plan, frozenset(spec.name for spec in plan.state), streams, report)
 
     def _forget_removed(self) -> None:
         """Drop the state of parameters that are no longer in any group: they were swapped for others."""
@@ -320,7 +344,7 @@ class Adafactor(Optimizer):
             del self.state[p]
 
     def _adopt(self) -> None:
-        """Turn the shielded states that `load_state_dict` has put in place into ours."""
+        """Turn the shielded states that `load_state_dict` has put in place into ours, and count on from there."""
         self._rebuild()
         for group in self.param_groups:
             steps = [0]
@@ -329,16 +353,16 @@ class Adafactor(Optimizer):
                 if isinstance(shielded, _Shielded):
                     plan = self._slots[p].plan
                     self.state[p] = _state.load(plan, shielded.saved, p.device, group["momentum_mode"], shielded.source)
+                if p in self.state:
                     steps.append(int(self.state[p]["step"]))
-            group["updates"] = max(steps)
-            if group["rho"] is not None and group["updates"]:
-                group["rho"] = group["lr"] = rho_at(Hyper.of(group), None, group["updates"])
+            self._show_lr(group, max(steps))
 
 
 class _Slot(NamedTuple):
     key: tuple
     plan: TensorPlan
-    stream: tuple[int, int]
+    names: frozenset[str]  # of the state tensors
+    streams: Streams
     report: Report
 
 
@@ -359,11 +383,14 @@ def _key(p: Tensor, hyper: Hyper) -> tuple:
 
 def _shield(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     """Runs last of the hooks before loading: finds the layout and puts every state beyond the base class's reach."""
+    if not {"state", "param_groups"} <= state_dict.keys():
+        raise ValueError(f"an optimizer's checkpoint has 'state' and 'param_groups', this has {sorted(state_dict)}")
     theirs, ours = state_dict["param_groups"], optimizer.param_groups
     if [len(group["params"]) for group in theirs] != [len(group["params"]) for group in ours]:
         return state_dict  # the base class says so
     layout = _state.layout_of(theirs)
-    state = {}
+    indices = {index for group in theirs for index in group["params"]}
+    state = {key: value for key, value in state_dict["state"].items() if layout.own and key not in indices}
     for group, own_group in zip(theirs, ours, strict=True):
         for index, p in zip(group["params"], own_group["params"], strict=True):
             saved = state_dict["state"].get(index)
@@ -371,8 +398,11 @@ def _shield(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
                 raise ValueError(f"parameter {index} has no data yet (meta or lazy); materialize the model, then load")
             if saved:
                 state[index] = _Shielded(dict(saved), _state.Source(layout, group))
-            elif layout.own and _has_data(p):
-                raise ValueError(f"the checkpoint has no state for parameter {index}: it is not complete")
+            elif layout.own and _has_data(p) and p.requires_grad:
+                raise ValueError(
+                    f"the checkpoint has no state for parameter {index}, which is trainable: the checkpoint is not "
+                    "complete, or that parameter was frozen when it was saved; freeze it to load the rest"
+                )
     if layout.own:
         groups = [{**own_group, **group} for group, own_group in zip(theirs, ours, strict=True)]
     else:
@@ -409,6 +439,17 @@ def _check_gradient(name: str, gradient: Tensor) -> None:
             f"the gradient of parameter {name!r} is sparse, which Adafactor does not take yet; "
             "build the embedding with sparse=False"
         )
+
+
+def _refuse_shared(name: str, p: Tensor, places: dict[tuple, str]) -> None:
+    """`places` gathers whose memory has been seen where."""
+    if p.numel() and p.data_ptr():
+        first = places.setdefault((p.device, p.data_ptr(), p.shape, p.stride()), name)
+        if first != name:
+            raise ValueError(
+                f"parameter {name!r} shares its memory with {first!r}, so both would step it; tie weights by using one "
+                "Parameter object in both places"
+            )
 
 
 def _refuse_sharded(name: str, p: Tensor) -> None:

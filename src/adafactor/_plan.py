@@ -6,14 +6,25 @@ against it, the memory planner adds it up. It is plain data and needs no tensor.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
+from torch.nn.parameter import is_lazy
 
-from adafactor._hyper import DEFAULTS, PARAMETER_DTYPES, Hyper, dtype_name, dtype_of, resolve
+from adafactor._hyper import (
+    DEFAULTS,
+    PARAMETER_DTYPES,
+    Hyper,
+    check_backend,
+    dtype_name,
+    dtype_of,
+    resolve,
+)
 
 Axes = tuple[int, ...]
 Shape = tuple[int, ...]
@@ -165,24 +176,28 @@ def choose_view(shape: Sequence[int], rule: str, minimum: int) -> View | None:
     return View(tuple(axis for axis in range(ndim) if axis not in (rows, cols)), (rows,), (cols,))
 
 
-def resolve_factor(
-    factor: str | Callable[[str, Shape], Any] | Sequence[Any], params: Sequence[tuple[str, Shape]]
-) -> str | tuple[tuple[Axes, ...] | None, ...]:
-    """A rule's name stays; a function of (name, shape) becomes the tuple of the views it chose, one per parameter."""
-    if isinstance(factor, str):
-        return factor
-    chosen = [factor(name, shape) for name, shape in params] if callable(factor) else list(factor)
-    if len(chosen) != len(params):
-        raise ValueError(f"factor holds {len(chosen)} views for {len(params)} parameters; give one per parameter")
-    checked = (_checked_view(view, name, shape) for view, (name, shape) in zip(chosen, params, strict=True))
-    return tuple(view and tuple(view) for view in checked)  # plain, as a checkpoint needs it
+def resolve_factor(factor: Callable[[str, Shape], Any], params: Iterable[tuple[str, Shape]]) -> str:
+    """The views that a function of (name, shape) chooses, as JSON: param groups, and so checkpoints, hold a string."""
+    return json.dumps([_checked_view(factor(name, shape), name, shape) for name, shape in params])
 
 
-def view_of(factor: str | tuple, index: int, shape: Shape, minimum: int) -> View | None:
-    """The view of the `index`-th parameter of a group whose `factor` is resolved."""
-    if isinstance(factor, str):
+def view_of(factor: str, index: int, name: str, shape: Shape, minimum: int) -> View | None:
+    """The view of the `index`-th parameter of a group whose `factor` is resolved.
+
+    Raises:
+        ValueError: if the views that a function chose, or a checkpoint brought, are not those of this parameter.
+    """
+    if not factor.startswith("["):
         return choose_view(shape, factor, minimum)
-    return None if factor[index] is None else View(*map(tuple, factor[index]))
+    views = _parsed(factor)
+    if index >= len(views):
+        raise ValueError(f"factor was a function when its group was made and has no view for {name!r}; set it anew")
+    return _checked_view(views[index], name, shape)
+
+
+@lru_cache
+def _parsed(views: str) -> list[Any]:
+    return json.loads(views)
 
 
 def check_parameter(name: str, dtype: torch.dtype | str) -> None:
@@ -198,7 +213,8 @@ def plan(model_or_shapes: Any, **kwargs: Any) -> list[TensorPlan]:
 
     Args:
         model_or_shapes: a module (on any device, "meta" included), an iterable of tensors or of (name, tensor) pairs,
-            or a mapping from names to shapes or tensors. Bare shapes are float32.
+            or a mapping from names to shapes or tensors. Bare shapes are float32. Frozen parameters have no state and
+            are left out.
         **kwargs: the arguments of `Adafactor`.
 
     Returns:
@@ -211,29 +227,39 @@ def plan(model_or_shapes: Any, **kwargs: Any) -> list[TensorPlan]:
     """
     if unknown := kwargs.keys() - DEFAULTS.keys() - {"backend"}:
         raise TypeError(f"Adafactor has no argument {', '.join(sorted(unknown))}; it has {', '.join(DEFAULTS)}")
+    check_backend(kwargs.get("backend", "auto"))
     group = {**DEFAULTS, **kwargs}
     params = named_shapes(model_or_shapes)
-    group["factor"] = resolve_factor(group["factor"], [(name, shape) for name, shape, _ in params])
+    if callable(group["factor"]):
+        group["factor"] = resolve_factor(group["factor"], [(name, shape) for name, shape, _ in params])
     resolve(group)
     hyper = Hyper.of(group)
     views = (
-        view_of(hyper.factor, index, shape, hyper.min_dim_size_to_factor) for index, (_, shape, _) in enumerate(params)
+        view_of(hyper.factor, index, name, shape, hyper.min_dim_size_to_factor)
+        for index, (name, shape, _) in enumerate(params)
     )
     return [tensor_plan(*param, hyper, view) for param, view in zip(params, views, strict=True)]
 
 
-def named_shapes(model_or_shapes: Any) -> list[tuple[str, Shape, str]]:
-    """(name, shape, dtype) of everything `plan` takes."""
+def named_shapes(model_or_shapes: Any, *, frozen: bool = False) -> list[tuple[str, Shape, str]]:
+    """(name, shape, dtype) of everything `plan` takes; of frozen parameters, which have no state, only if asked."""
     if isinstance(model_or_shapes, torch.nn.Module):
         model_or_shapes = model_or_shapes.named_parameters()
     elif isinstance(model_or_shapes, Mapping):
         model_or_shapes = model_or_shapes.items()
-    elif isinstance(model_or_shapes, torch.Tensor) or not isinstance(model_or_shapes, Iterable):
-        raise ValueError(f"plan takes a module, tensors, or names with shapes, got {type(model_or_shapes).__name__}")
+    elif isinstance(model_or_shapes, (str, torch.Tensor)) or not isinstance(model_or_shapes, Iterable):
+        raise ValueError(f"plan takes a module, tensors, or names with shapes, got {model_or_shapes!r}")
     named = []
     for ordinal, entry in enumerate(model_or_shapes):
-        name, value = entry if isinstance(entry, tuple) else (f"param {ordinal}", entry)
+        pair = isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[0], str)
+        name, value = entry if pair else (f"param {ordinal}", entry)
+        if isinstance(value, torch.nn.Parameter) and not value.requires_grad and not frozen:
+            continue
+        if isinstance(value, torch.Tensor) and is_lazy(value):
+            raise ValueError(f"parameter {name!r} has no shape yet; run the model once first")
         shape, dtype = (value.shape, value.dtype) if isinstance(value, torch.Tensor) else (value, torch.float32)
+        if not isinstance(shape, (tuple, list)) or not all(isinstance(size, int) and size >= 0 for size in shape):
+            raise ValueError(f"parameter {name!r} must be a tensor or a shape, a tuple of sizes >= 0, got {value!r}")
         check_parameter(name, dtype)
         named.append((name, tuple(shape), dtype_name(dtype)))
     return named
@@ -250,13 +276,12 @@ def _without(shape: Shape, axes: Axes) -> Shape:
 def _checked_view(view: Any, name: str, shape: Shape) -> View | None:
     if view is None or 0 in shape:
         return None
-    try:
-        checked = View(*(tuple(int(axis) % len(shape) for axis in axes) for axes in view))
-    except (TypeError, ZeroDivisionError):
-        checked = None
-    if checked is None or sorted(checked.order) != list(range(len(shape))) or not (checked.rows and checked.cols):
-        raise ValueError(
-            f"factor gave {view!r} for parameter {name!r} of shape {shape}; it must give (batch axes, row axes, column "
-            "axes) that name every axis once, with at least one row and one column axis, or None for the full V"
-        )
-    return checked
+    listed = isinstance(view, (tuple, list)) and all(isinstance(group, (tuple, list)) for group in view)
+    if listed and len(view) == 3 and all(isinstance(axis, int) for group in view for axis in group):
+        checked = View(*(tuple(axis + len(shape) * (axis < 0) for axis in group) for group in view))
+        if sorted(checked.order) == list(range(len(shape))) and checked.rows and checked.cols:
+            return checked
+    raise ValueError(
+        f"factor gave {view!r} for parameter {name!r} of shape {shape}; it must give (batch axes, row axes, column "
+        "axes) that name every axis once, with at least one row and one column axis, or None for the full V"
+    )

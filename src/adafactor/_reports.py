@@ -57,7 +57,8 @@ class Diagnostics(NamedTuple):
     step_size: tuple[float, ...]
 
 
-def explanation_of(choices: Iterable[tuple[TensorPlan, Choice]]) -> Explanation:
+def explanation_of(choices: Iterable[tuple[TensorPlan, bool, Choice]]) -> Explanation:
+    """Rows from (plan, whether its state is allocated, backend); a frozen parameter has no state until it is used."""
     return Explanation(
         Row(
             plan.name,
@@ -65,11 +66,11 @@ def explanation_of(choices: Iterable[tuple[TensorPlan, Choice]]) -> Explanation:
             plan.dtype,
             plan.describe_view(),
             plan.factored,
-            plan.nbytes,
+            plan.nbytes * allocated,
             choice.backend.name,
             choice.reason,
         )
-        for plan, choice in choices
+        for plan, allocated, choice in choices
     )
 
 

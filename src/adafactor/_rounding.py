@@ -10,7 +10,7 @@ generator is neither read nor moved. All arithmetic is on 32-bit integers, so ev
 from __future__ import annotations
 
 import hashlib
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ _MULTIPLIERS = 0x7FEB352D, 0x846CA68B - (1 << 32)  # "lowbias32" (Wellons, hash-
 # format: (mantissa bits that are dropped, largest finite value as float32 bits)
 _FORMATS = {torch.bfloat16: (16, 0x7F7F0000), torch.float16: (13, 0x477FE000)}
 _FLOAT16_SMALLEST_NORMAL = 2.0**-14
+_GOLDEN = 0x9E3779B9 - (1 << 32)  # 2^32 / golden ratio
 _INFINITY = 0x7F800000
 
 
@@ -38,13 +39,14 @@ def step_key(stream: tuple[int, int], step: Word) -> tuple[Word, Word]:
     return first, _mix(stream[1] ^ step, first)
 
 
-def random_bits(key: tuple[Word, Word], index: Tensor) -> Tensor:
+def random_bits(key: tuple[Any, Any], index: Tensor) -> Tensor:
     """16 random bits for each element.  # index: int64, the element's row-major index in the whole tensor
 
     Two neighbours (index 2k and 2k + 1) share one hash, of which they take the low and the high half.
     """
     pair = index >> 1
-    word = _mix(pair.to(torch.int32) ^ key[0], (pair >> 32).to(torch.int32) ^ key[1])
+    high = (pair >> 32).to(torch.int32)  # 0 below 2^33 elements
+    word = _mix(pair.to(torch.int32) ^ (high * _GOLDEN + key[0]), key[1])
     return (word >> ((index & 1) << 4).to(torch.int32)) & 0xFFFF
 
 

@@ -34,6 +34,11 @@ def rho_at(hyper: Hyper, lr: Scalar | None, t: Scalar) -> Scalar:
     return _least(1e-6 * t, rho) if hyper.warmup_init else rho
 
 
+def exact(scalar: torch.Tensor) -> torch.Tensor:
+    """A 0-d tensor in the widest float its device has, so that no formula here rounds to a narrower one."""
+    return scalar.reshape(()).to(torch.float32 if scalar.device.type == "mps" else torch.float64)
+
+
 def _least(a: Scalar, b: Scalar) -> Scalar:
     if isinstance(a, torch.Tensor):
         return a.clamp(max=b)

@@ -20,9 +20,12 @@ def allocate(plan: TensorPlan, device: torch.device) -> State:
     return {spec.name: _zeros(spec, device) for spec in plan.state}
 
 
-def carry_over(plan: TensorPlan, state: Mapping[str, Tensor], device: torch.device) -> State:
-    """The same state after its parameter moved, changed its dtype, or its group switched momentum on or off."""
-    carried = {}
+def carry_over(plan: TensorPlan, state: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """The same state after its parameter moved, changed its dtype, or its group switched momentum on or off.
+
+    What others keep there under names of their own stays.
+    """
+    carried = _foreign_entries(state)
     for spec in plan.state:
         value = state.get(spec.name)
         if value is None and spec.name == "exp_avg":
@@ -30,28 +33,34 @@ def carry_over(plan: TensorPlan, state: Mapping[str, Tensor], device: torch.devi
         if value is None or tuple(value.shape) != spec.shape:
             raise ValueError(
                 f"parameter {plan.name!r} now has shape {plan.shape}, seen as {plan.describe_view()}, which its state "
-                "does not fit; `del optimizer.state[parameter]` starts its statistics anew"
+                f"does not fit ({spec.name!r}); `del optimizer.state[parameter]` starts its statistics anew"
             )
         carried[spec.name] = value.to(device, dtype_of(spec.dtype))
     return carried
 
 
-def load(plan: TensorPlan, saved: Mapping[str, Any], device: torch.device, momentum_mode: str, source: Source) -> State:
+def load(
+    plan: TensorPlan, saved: Mapping[str, Any], device: torch.device, momentum_mode: str, source: Source
+) -> dict[str, Any]:
     """The state of one parameter from a checkpoint, in the dtypes of the plan.
 
     Raises:
         ValueError: if the checkpoint keeps other statistics than the plan; the message says what to do.
     """
     layout = source.layout
+    loaded = _foreign_entries(saved) if layout.own else {}
     saved = {ours: saved[theirs] for theirs, ours in layout.names.items() if theirs in saved}
     if not layout.own:
         saved = _as_planned(plan, saved, momentum_mode, source)
     planned = {spec.name: spec for spec in plan.state}
-    if "exp_avg" in saved and "exp_avg" not in planned:
+    if ("exp_avg" in saved) != ("exp_avg" in planned):
+        has, lacks, fix = ("the checkpoint", "this optimizer", "beta1=0.9, say,")
+        if "exp_avg" in planned:
+            has, lacks, fix = ("this optimizer", "the checkpoint", "beta1=None")
         raise ValueError(
-            f"the checkpoint has momentum for parameter {plan.name!r} and this optimizer has none; {layout.remedy}"
+            f"{has} has momentum for parameter {plan.name!r} and {lacks} has none; "
+            f"build the optimizer with {fix} to load it"
         )
-    loaded = {}
     for name, spec in planned.items():
         if name not in saved:
             raise ValueError(f"the checkpoint has no {name!r} for parameter {plan.name!r}; {layout.remedy}")
@@ -165,15 +174,20 @@ def _as_planned(plan: TensorPlan, saved: dict[str, Any], momentum_mode: str, sou
             f"the checkpoint's momentum of parameter {plan.name!r} is {layout.momentum_mode!r}, not {momentum_mode!r}; "
             + layout.remedy
         )
-    for spec in plan.state:  # some keep the averaged axes, with size 1
-        value = saved.get(spec.name)
-        if isinstance(value, Tensor) and value.numel() == spec.numel:
-            saved[spec.name] = value.reshape(spec.shape)
+    if theirs is not None:  # some keep the averaged axes, with size 1
+        for name, averaged in (("exp_avg_sq_row", theirs.cols), ("exp_avg_sq_col", theirs.rows)):
+            kept = tuple(1 if axis in averaged else size for axis, size in enumerate(plan.shape))
+            if name in saved and tuple(saved[name].shape) == kept:
+                saved[name] = saved[name].squeeze(averaged)
     if theirs is None and plan.view is not None and "exp_avg_sq" in saved:
         # The averages of V over columns and rows are what R and C would have been: averaging commutes with the decay.
         full = saved.pop("exp_avg_sq").to(plan.compute_dtype)
         saved["exp_avg_sq_row"], saved["exp_avg_sq_col"] = full.mean(plan.view.cols), full.mean(plan.view.rows)
     return saved
+
+
+def _foreign_entries(state: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in state.items() if name not in _SAME}
 
 
 def _zeros(spec: TensorSpec, device: torch.device) -> Tensor:

@@ -7,10 +7,12 @@ takes the same steps, to rounding, for every shape. Weights in 16 bits are still
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch as _torch
 
+from adafactor._hyper import caller_level
 from adafactor._optimizer import Adafactor
 
 _WHOLE_TENSOR = {"rms_scope": "tensor"}  # none of them treats stacked matrices as independent
@@ -255,6 +257,18 @@ class TransformersAdafactor(Adafactor):
     ) -> None:
         theirs = (eps, clip_threshold, decay_rate, beta1, weight_decay, scale_parameter, relative_step, warmup_init)
         super().__init__(params, **transformers(lr, *theirs))
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As `Adafactor`'s; a group's lr beside a relative step, which transformers ignores, is ignored aloud."""
+        relative = param_group.get("relative_step", self.defaults["relative_step"])
+        if relative and param_group.get("lr") is not None:
+            warnings.warn(
+                f"lr={param_group['lr']} of a param group is ignored, as transformers does while relative_step is on; "
+                "say relative_step=False to use it",
+                stacklevel=caller_level(),
+            )
+            param_group = {**param_group, "lr": None}
+        super().add_param_group(param_group)
 
 
 def _refuse(package: str, **arguments: Any) -> None:

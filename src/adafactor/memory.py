@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 
 from adafactor._hyper import dtype_of
-from adafactor._plan import TensorPlan, plan
+from adafactor._plan import TensorPlan, named_shapes, plan
 
 WORKSPACE = 4 << 20  # what a step may allocate besides its sums, whatever the size of the model
 
@@ -67,18 +68,23 @@ def report(model_or_shapes: Any, **kwargs: Any) -> Report:
         >>> [(row.optimizer, row.state) for row in rows[:2]]
         [('Adafactor', 131588), ('AdamW', 197394436)]
     """
+    if not isinstance(model_or_shapes, torch.nn.Module):
+        model_or_shapes = list(model_or_shapes.items() if isinstance(model_or_shapes, Mapping) else model_or_shapes)
     plans = plan(model_or_shapes, **kwargs)
-    weights = sum(_numel(tensor) * _itemsize(tensor) for tensor in plans)
+    everything = named_shapes(model_or_shapes, frozen=True)
+    parameters = sum(math.prod(shape) for _, shape, _ in everything)
+    weights = sum(math.prod(shape) * dtype_of(dtype).itemsize for _, shape, dtype in everything)
+    gradients = sum(_numel(tensor) * _itemsize(tensor) for tensor in plans)
     others = {
         "AdamW": sum(2 * _numel(tensor) * _itemsize(tensor) + 4 for tensor in plans),
         "AdamW, mixed precision": sum((8 + 4 * (_itemsize(tensor) < 4)) * _numel(tensor) + 4 for tensor in plans),
         "AdamW, 8-bit": sum(_adamw_8bit(_numel(tensor)) for tensor in plans),
-        "Lion": weights,
+        "Lion": gradients,
     }
-    ours = Bytes("Adafactor", weights, weights, sum(tensor.nbytes for tensor in plans), _temporaries(plans))
+    ours = Bytes("Adafactor", weights, gradients, sum(tensor.nbytes for tensor in plans), _temporaries(plans))
     return Report(
-        parameters=sum(map(_numel, plans)),
-        rows=(ours, *(Bytes(name, weights, weights, state, 0) for name, state in others.items())),
+        parameters=parameters,
+        rows=(ours, *(Bytes(name, weights, gradients, state, 0) for name, state in others.items())),
     )
 
 

@@ -8,13 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from adafactor._hyper import Hyper
+from adafactor._hyper import Hyper, check_backend
 from adafactor._plan import TensorPlan
+
+
+class Streams(NamedTuple):
+    """What sets apart the random bits of a parameter's weights and of its momentum."""
+
+    weights: tuple[int, int]
+    momentum: tuple[int, int]
 
 
 @dataclass(slots=True)
@@ -25,10 +32,11 @@ class Task:
         p, g: the weights and their gradient, in the parameter's shape.
         state: the tensors of `plan.state`.
         lr: the group's lr, or None for the paper's relative step.
-        stream: the parameter's words for stochastic rounding.
+        streams: the words for stochastic rounding, of the weights and of their momentum.
         sums: the tensors of `plan.sums`, zero at first; sweep adds to them.
-        rows: what sweep keeps for apply without committing it: the new R.  # [matrices, rows]
         report: counters on the device, which apply advances.
+        t, beta2: of this update; sweep notes them for apply.
+        rows: what sweep keeps for apply without committing it: the new R.  # [matrices, rows]
     """
 
     plan: TensorPlan
@@ -37,9 +45,11 @@ class Task:
     g: Tensor
     state: dict[str, Tensor]
     lr: float | Tensor | None
-    stream: tuple[int, int]
+    streams: Streams
     report: Report
     sums: dict[str, Tensor] = field(default_factory=dict)
+    t: Any = None  # a float, or a 0-d tensor where reading its value would wait for the device
+    beta2: Any = None
     rows: Tensor | None = None
 
 
@@ -78,10 +88,9 @@ def select(requested: str, device: torch.device) -> Choice:
     """
     from adafactor.backends import reference
 
+    check_backend(requested)
     if requested == "auto":
         return Choice(reference, f"the only one for {device.type} in this version")
     if requested == "reference":
         return Choice(reference, "asked for")
-    if requested in ("cpu", "triton"):
-        raise NotImplementedError(f"backend={requested!r} is not built yet; available: 'auto', 'reference'")
-    raise ValueError(f"backend must be one of 'auto', 'reference', 'cpu', 'triton', got {requested!r}")
+    raise NotImplementedError(f"backend={requested!r} is not built yet; available: 'auto', 'reference'")

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from adafactor._plan import Axes, Shape, TensorPlan
 from adafactor._rounding import random_bits, round_stochastic, step_key
-from adafactor._schedule import beta2_at, rho_at
+from adafactor._schedule import beta2_at, exact, rho_at
 from adafactor.backends import Task
 
 name = "reference"
@@ -32,6 +32,8 @@ BLOCK = 1 << 15  # elements read at once: a float32 block and its temporaries st
 
 def sweep(tasks: Sequence[Task]) -> None:
     for task in tasks:
+        task.t = _time(task)
+        task.beta2 = beta2_at(task.hyper, task.t)
         if task.plan.factored:
             _sweep_factored(task)
         else:
@@ -47,15 +49,14 @@ def _sweep_factored(task: Task) -> None:
     """R of this step into scratch; per column the sums of g^2 and of g^2 / R; the sums of R, g^2 and p^2."""
     plan, sums, eps1 = task.plan, task.sums, task.hyper.eps[0]
     matrices, n, m = plan.dims
-    beta2 = beta2_at(task.hyper, _time(task))
     R = _ordered(task.state["exp_avg_sq_row"], _row_axes(plan)).reshape(-1)  # [matrices * rows]
-    R = R * beta2  # a copy: nothing is committed before apply
+    R = R * task.beta2  # a copy: nothing is committed before apply
     for block in _blocks(plan):
         b = block.matrices
         G2 = _read(plan, task.g, block).square()  # [b, r, m]
         row_sq = G2.sum(2)  # [b, r]
         R_block = R[block.rows].view_as(row_sq)
-        R_block += (1 - beta2) * (row_sq / m + eps1)
+        R_block += (1 - task.beta2) * (row_sq / m + eps1)
         sums["grad_sq"][b] += row_sq.sum(1)
         sums["row_sum"][b] += R_block.sum(1)
         sums["col_sq"][b] += G2.sum(1)
@@ -68,11 +69,10 @@ def _sweep_factored(task: Task) -> None:
 def _sweep_full(task: Task) -> None:
     """The sums of g^2, U^2 and p^2."""
     plan, sums = task.plan, task.sums
-    beta2 = beta2_at(task.hyper, _time(task))
     for block in _blocks(plan):
         G2 = _read(plan, task.g, block).square()
         sums["grad_sq"] += G2.sum()
-        sums["update_sq"] += (G2 / _full_V(task, block, G2, beta2)).sum()
+        sums["update_sq"] += (G2 / _full_V(task, block, G2)).sum()
         if "param_sq" in sums:
             sums["param_sq"] += _read(plan, task.p, block).square().sum()
 
@@ -81,38 +81,42 @@ def _apply(task: Task) -> None:
     """C, RMS(U) and the step size from the sums; then U, momentum and decay block by block, committed where ok."""
     plan, hyper, sums, state = task.plan, task.hyper, task.sums, task.state
     _, n, m = plan.dims
-    t = _time(task)
-    beta2, rho = beta2_at(hyper, t), rho_at(hyper, task.lr, t)
-    ok = sums["grad_sq"].isfinite().all()
+    rho = rho_at(hyper, task.lr, task.t)
 
-    factors = _factors(task, beta2) if plan.factored else None
+    factors = _factors(task) if plan.factored else None
     rms_U = _rms(plan, factors.mean_U2 if factors else sums["update_sq"] / max(m, 1))
     clip = torch.ones_like(rms_U) if hyper.clip_threshold is None else (rms_U / hyper.clip_threshold).clamp(min=1)
     alpha = torch.ones_like(rms_U) * rho
     if hyper.scale_parameter:
         alpha *= _rms(plan, sums["param_sq"] / max(n * m, 1)).clamp(min=hyper.eps[1])
+    # Sums that overflow, and weights that are not finite already, stop the step as a bad gradient does.
+    ok = (sums["grad_sq"] + rms_U + alpha).isfinite().all()
     moves = ok & (rho != 0)
 
-    for block in _blocks(plan):
+    for block in _blocks(plan, whole_rows=False):
         g, p = _read(plan, task.g, block), _read(plan, task.p, block)  # [b, r, m]
         if factors:
-            U = g * factors.a.view(-1)[block.rows].view(*g.shape[:2], 1) * factors.b[block.matrices, None, :]
+            U = g * factors.a.view(-1)[block.rows].view(*g.shape[:2], 1)
+            U *= factors.b[block.matrices, None, block.cols]
         else:
-            V = _full_V(task, block, g.square(), beta2)
+            V = _full_V(task, block, g.square())
             U = g * V.rsqrt()
             _commit(_piece(plan, state["exp_avg_sq"], block), V, ok)
         U /= block.spread(-clip if hyper.maximize else clip)
         step = _descend(task, block, U, block.spread(alpha), ok)
         if hyper.weight_decay:
             p = p - p * (hyper.weight_decay * block.spread(_decay_factor(task, rho, alpha)))
-        _commit(_piece(plan, task.p, block), _rounded(task, block, p - step, t), moves)
+        p = _rounded(task, block, p - step, task.p.dtype, task.streams.weights)
+        _commit(_piece(plan, task.p, block), p, moves)
 
     if factors:
         _commit(_ordered(state["exp_avg_sq_row"], _row_axes(plan)), factors.R, ok)
         _commit(_ordered(state["exp_avg_sq_col"], _col_axes(plan)), factors.C, ok)
     state["step"] += ok
-    task.report.counts += torch.stack([ok.float(), ok * (clip > 1).float().mean(), (~ok).float()])
-    task.report.update_rms, task.report.step_size = rms_U, alpha
+    report = task.report
+    report.counts += torch.stack([ok.float(), ok * (clip > 1).float().mean(), (~ok).float()])
+    report.update_rms = rms_U if report.update_rms is None else torch.where(ok, rms_U, report.update_rms)
+    report.step_size = alpha if report.step_size is None else torch.where(ok, alpha, report.step_size)
 
 
 class Factors(NamedTuple):
@@ -125,7 +129,7 @@ class Factors(NamedTuple):
     mean_U2: Tensor  # [matrices]
 
 
-def _factors(task: Task, beta2: Any) -> Factors:
+def _factors(task: Task) -> Factors:
     """V_ij = R_i C_j / mean(R), never formed: the product R C would underflow for small gradients.
 
     The ratio mean(R) / R_i would overflow for large gradients beside an unseen row, so the roots are taken first.
@@ -134,20 +138,25 @@ def _factors(task: Task, beta2: Any) -> Factors:
     sums, R = task.sums, task.rows
     assert R is not None
     C = _ordered(task.state["exp_avg_sq_col"], _col_axes(task.plan)).reshape(matrices, m)
-    C = beta2 * C + (1 - beta2) * (sums["col_sq"] / n + task.hyper.eps[0])
+    C = task.beta2 * C + (1 - task.beta2) * (sums["col_sq"] / n + task.hyper.eps[0])
     root_mean_R = (sums["row_sum"] / n).sqrt()[:, None]
     b = C.rsqrt()
     mean_U2 = ((sums["col_ratio"] / n).sqrt() * (root_mean_R * b)).square().mean(1)
     return Factors(R, C, root_mean_R * R.rsqrt(), b, mean_U2)
 
 
-def _full_V(task: Task, block: Block, G2: Tensor, beta2: Any) -> Tensor:
+def _full_V(task: Task, block: Block, G2: Tensor) -> Tensor:
     """V <- beta2 V + (1 - beta2) (g^2 + eps1), for one block."""
-    return beta2 * _read(task.plan, task.state["exp_avg_sq"], block) + (1 - beta2) * (G2 + task.hyper.eps[0])
+    V = _read(task.plan, task.state["exp_avg_sq"], block)
+    return task.beta2 * V + (1 - task.beta2) * (G2 + task.hyper.eps[0])
 
 
 def _descend(task: Task, block: Block, U: Tensor, alpha: Tensor, ok: Tensor) -> Tensor:
-    """What the update subtracts from p: alpha U, or its momentum, which is committed. Overwrites U."""
+    """What the update subtracts from p: alpha U, or its momentum, which is committed. Overwrites U.
+
+    p receives M as computed. What is kept of it is rounded as weights are; to nearest, an average in bfloat16 would
+    stop short of its mean.
+    """
     hyper = task.hyper
     if not hyper.beta1:
         return U.mul_(alpha)
@@ -155,9 +164,11 @@ def _descend(task: Task, block: Block, U: Tensor, alpha: Tensor, ok: Tensor) -> 
     if scaled:
         U *= alpha
     piece = _piece(task.plan, task.state["exp_avg"], block)
-    M = beta1 * piece.to(U.dtype).reshape(U.shape) + (1 - beta1) * U
-    _commit(piece, M, ok)
-    step = beta1 * M + (1 - beta1) * U if hyper.nesterov else M
+    M = beta1 * piece.to(U.dtype).reshape(U.shape)
+    U *= 1 - beta1
+    M += U
+    _commit(piece, _rounded(task, block, M, piece.dtype, task.streams.momentum), ok)
+    step = U.add_(M, alpha=beta1) if hyper.nesterov else M
     return step if scaled else step * alpha
 
 
@@ -170,12 +181,12 @@ def _decay_factor(task: Task, rho: Any, alpha: Tensor) -> Tensor:
     return torch.ones_like(alpha) * {"lr": lr, "independent": 1.0, "lr_squared": rho * rho}[mode]
 
 
-def _rounded(task: Task, block: Block, p: Tensor, t: Any) -> Tensor:
-    dtype = task.p.dtype
-    if dtype == p.dtype or task.hyper.rounding == "nearest":
-        return p.to(dtype)
-    key: Any = step_key(task.stream, t.int()) if isinstance(t, Tensor) else step_key(task.stream, int(t))
-    return round_stochastic(p, dtype, random_bits(key, _element_index(task.plan, block, p.device).view_as(p)))
+def _rounded(task: Task, block: Block, x: Tensor, dtype: torch.dtype, stream: tuple[int, int]) -> Tensor:
+    if dtype == x.dtype or x.dtype == torch.float64 or task.hyper.rounding == "nearest":
+        return x.to(dtype)
+    t = task.t
+    key: Any = step_key(stream, t.int()) if isinstance(t, Tensor) else step_key(stream, int(t))
+    return round_stochastic(x, dtype, random_bits(key, _element_index(task.plan, block, x.device).view_as(x)))
 
 
 def _rms(plan: TensorPlan, mean_square: Tensor) -> Tensor:
@@ -188,9 +199,7 @@ def _rms(plan: TensorPlan, mean_square: Tensor) -> Tensor:
 def _time(task: Task) -> Any:
     """t of this update. On the CPU a number; elsewhere a tensor, whose value nobody waits for."""
     t = task.state["step"] + 1
-    if t.device.type == "cpu":
-        return t.item()
-    return t if t.device.type == "mps" else t.double()
+    return t.item() if t.device.type == "cpu" else exact(t)
 
 
 def _commit(target: Tensor, value: Tensor, where: Tensor) -> None:
@@ -201,18 +210,20 @@ def _commit(target: Tensor, value: Tensor, where: Tensor) -> None:
 
 
 class Block(NamedTuple):
-    """A run of whole rows of a factored parameter, or of elements of one that keeps the full V.
+    """A run of whole rows of a factored parameter, of columns of one row, or of elements of a full V.
 
     Attributes:
         index: what to index a tensor in the plan's axis order with.
         rows: which of the (matrices * rows) rows these are.
         matrices: which matrices they belong to.
+        cols: which of the columns.
         shape: the block as [matrices, rows, columns].
     """
 
     index: tuple[slice, ...]
     rows: slice
     matrices: slice
+    cols: slice
     shape: tuple[int, int, int]
 
     def spread(self, scalars: Tensor) -> Tensor:
@@ -220,32 +231,41 @@ class Block(NamedTuple):
         return scalars[self.matrices, None, None]
 
 
-def _blocks(plan: TensorPlan) -> tuple[Block, ...]:
+def _blocks(plan: TensorPlan, whole_rows: bool = True) -> list[Block]:
+    """The blocks in their order. Only a sweep needs whole rows; without, wide rows are cut as well."""
     sizes = tuple(plan.shape[axis] for axis in plan.order)
-    if plan.view is None:
-        elements = slice(0, 1)
-        return tuple(Block(index, elements, elements, (1, 1, count)) for index, _, count in _cuts(sizes, 1))
     _, n, m = plan.dims
-    lead = len(plan.view.batch) + len(plan.view.rows)
-    return tuple(
-        Block(
-            index,
-            slice(first, first + count),
-            slice(first // n, -(-(first + count) // n)),
-            (max(count // n, 1), min(count, n), m),
+    if plan.view and (whole_rows or m <= BLOCK):
+        lead = len(plan.view.batch) + len(plan.view.rows)
+        runs = _cuts(sizes[:lead], m, BLOCK)
+        return [
+            Block(
+                index,
+                slice(r, r + rows),
+                slice(r // n, -(-(r + rows) // n)),
+                slice(0, m),
+                (max(rows // n, 1), min(rows, n), m),
+            )
+            for index, r, rows in runs
+        ]
+    blocks = []
+    for index, first, count in _cuts(sizes, 1, BLOCK):
+        row, col = divmod(first, m)
+        matrix = row // n
+        blocks.append(
+            Block(index, slice(row, row + 1), slice(matrix, matrix + 1), slice(col, col + count), (1, 1, count))
         )
-        for index, first, count in _cuts(sizes[:lead], m)
-    )
+    return blocks
 
 
 @lru_cache(maxsize=1024)
-def _cuts(sizes: Shape, weight: int) -> tuple[tuple[tuple[slice, ...], int, int], ...]:
-    """Cut a tensor of these sizes, whose entries weigh `weight` elements each, into row-major runs of about BLOCK.
+def _cuts(sizes: Shape, weight: int, budget: int) -> tuple[tuple[tuple[slice, ...], int, int], ...]:
+    """Cut a tensor of these sizes, whose entries weigh `weight` each, into row-major runs that weigh up to `budget`.
 
     Gives (index, first entry, number of entries). Every run takes whole inner axes, part of one axis, and one position
     of each outer axis.
     """
-    return tuple(_runs(sizes, max(BLOCK // max(weight, 1), 1)))
+    return tuple(_runs(sizes, max(budget // max(weight, 1), 1)))
 
 
 def _runs(sizes: Shape, budget: int) -> Iterator[tuple[tuple[slice, ...], int, int]]:
@@ -275,8 +295,8 @@ def _piece(plan: TensorPlan, tensor: Tensor, block: Block) -> Tensor:
 
 
 def _read(plan: TensorPlan, tensor: Tensor, block: Block) -> Tensor:
-    """One block, in the dtype that the plan computes in.  # [b, r, m]"""
-    return _piece(plan, tensor, block).to(plan.compute_dtype).reshape(block.shape)
+    """One block, in the dtype that the plan computes in; contiguous, so that sums do not depend on strides."""
+    return _piece(plan, tensor, block).to(plan.compute_dtype).reshape(block.shape).contiguous()
 
 
 def _element_index(plan: TensorPlan, block: Block, device: torch.device) -> Tensor:

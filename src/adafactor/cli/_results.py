@@ -18,7 +18,7 @@ from torch import Tensor
 
 import adafactor
 from adafactor import memory
-from adafactor.cli._contenders import CONTENDERS, SEED_SPREAD
+from adafactor.cli._contenders import CONTENDERS, GAP_NOISE
 from adafactor.cli._loop import CLIP_NORM, VALIDATION_WINDOWS, WARMUP_SHARE, Setup, Trainer
 from adafactor.cli._text import Corpus
 
@@ -152,7 +152,7 @@ def headline(results: list[Result]) -> str:
         )
     a, b = round(ours["val_loss"], 3), round(theirs["val_loss"], 3)
     other = CONTENDERS[theirs["name"]].phrase
-    if abs(a - b) < SEED_SPREAD:
+    if abs(a - b) < GAP_NOISE:
         relation = f"is level with {other} ({a:.3f} and {b:.3f} nats per byte)"
     else:
         relation = f"ends {abs(a - b):.3f} nats per byte {'below' if a < b else 'above'} {other} ({a:.3f} and {b:.3f})"
@@ -180,8 +180,8 @@ def notes(results: list[Result], setup: Setup, missing: list[str]) -> list[str]:
     ]
     if len(by_name) > 1:
         said.append(
-            f"One seed ({setup.seed}). In the sweep behind the defaults, seeds of one optimizer differed by up to "
-            f"{SEED_SPREAD:g} nats per byte; smaller differences say nothing."
+            f"One seed ({setup.seed}). In the sweep behind the defaults, the gap between two optimizers moved by up "
+            f"to {GAP_NOISE:g} nats per byte from seed to seed; a smaller gap says nothing."
         )
     ours, plain, fair = (by_name.get(name) for name in ("adafactor", "adamw", "adamw-nesterov"))
     if ours and plain and not fair:
