@@ -31,10 +31,10 @@ RESULTS = Path(__file__).parent / "results" / "sweep.json"
 # Variants of adamw_like, momentum in float32, and the learning rates to try.
 VARIANTS: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
     "scaled, Nesterov": ({"scale_parameter": True, "nesterov": True}, (2.5e-2, 5e-2, 1e-1)),
-    "scaled": ({"scale_parameter": True}, (5e-2, 1e-1)),
+    "scaled": ({"scale_parameter": True, "nesterov": False}, (5e-2, 1e-1)),
     "scaled, no momentum": ({"scale_parameter": True, "beta1": None}, (2.5e-2, 5e-2)),
     "absolute, Nesterov": ({"nesterov": True}, (1.5e-3, 3e-3, 6e-3)),
-    "absolute": ({}, (1.5e-3, 3e-3, 6e-3)),
+    "absolute": ({"nesterov": False}, (1.5e-3, 3e-3, 6e-3)),
 }
 GRID: dict[str, tuple[float | None, ...]] = {name: c.grid or (None,) for name, c in CONTENDERS.items()}
 GRID |= {name: grid for name, (_, grid) in VARIANTS.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import re
 import signal
@@ -17,7 +18,7 @@ import torch
 
 from adafactor.cli import _results, _text, main
 from adafactor.cli._baselines import Lion, NesterovAdamW
-from adafactor.cli._contenders import CONTENDERS
+from adafactor.cli._contenders import CONTENDERS, GAP_NOISE, Contender
 from adafactor.cli._errors import UserError
 from adafactor.cli._loop import Setup, Trainer
 from adafactor.cli._model import ByteTransformer, ModelConfig
@@ -420,3 +421,24 @@ def test_nesterovs_gain_is_not_credited_to_adafactor() -> None:
     assert any("is not Adafactor's merit" in note for note in _results.notes(two, Setup(), []))
     three = [*two, result("adamw-nesterov", 1.61)]
     assert any("takes AdamW from 1.700 to 1.610" in note for note in _results.notes(three, Setup(), []))
+
+
+def test_defaults_and_sentences_follow_from_the_recorded_sweep() -> None:
+    path = Path(__file__).parents[1] / "benchmarks" / "results" / "sweep.json"
+    if not path.exists():
+        pytest.skip("benchmarks/ is not part of the sdist")
+    losses = {(c["optimizer"], c["lr"], c["seed"]): c["val_loss"] for c in json.loads(path.read_text())["cells"]}
+
+    def mean(contender: Contender, lr: float | None) -> float:
+        return sum(losses[contender.name, lr, seed] for seed in range(3)) / 3
+
+    for contender in CONTENDERS.values():
+        assert contender.swept_loss == pytest.approx(mean(contender, contender.lr), abs=5e-4)
+        means = {lr: mean(contender, lr) for lr in contender.grid or (None,)}
+        assert min(means, key=lambda lr: means[lr]) == contender.lr
+        assert contender.lr not in (contender.grid[:1] + contender.grid[-1:]), "the best is not at the grid's edge"
+
+    tuned = [contender for contender in CONTENDERS.values() if contender.lr is not None]
+    for a, b in itertools.combinations(tuned, 2):
+        gaps = [losses[a.name, a.lr, seed] - losses[b.name, b.lr, seed] for seed in range(3)]
+        assert max(gaps) - min(gaps) < GAP_NOISE

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -171,7 +170,7 @@ class Adafactor(Optimizer):
             ValueError: if the checkpoint does not fit; the message names the parameter and the fix.
         """
         before = self.state, self.param_groups
-        hook = self.register_load_state_dict_pre_hook(_shield)
+        hook = self.register_load_state_dict_pre_hook(_state.shield)
         try:
             super().load_state_dict(state_dict)
         except Exception:
@@ -313,7 +312,7 @@ class Adafactor(Optimizer):
             for index, name, p in self._named(group, start):
                 seen[name] += 1
                 name = name if seen[name] == 1 else f"{name}#{seen[name]}"
-                if _has_data(p) and p not in slots:
+                if _state.has_data(p) and p not in slots:
                     _refuse_shared(name, p, places)
                     view = view_of(hyper.factor, index, name, tuple(p.shape), hyper.min_dim_size_to_factor)
                     slots[p] = self._new_slot(p, name, hyper, view)
@@ -350,7 +349,7 @@ class Adafactor(Optimizer):
             steps = [0]
             for p in group["params"]:
                 shielded = self.state.get(p)
-                if isinstance(shielded, _Shielded):
+                if isinstance(shielded, _state.Shielded):
                     plan = self._slots[p].plan
                     self.state[p] = _state.load(plan, shielded.saved, p.device, group["momentum_mode"], shielded.source)
                 if p in self.state:
@@ -366,48 +365,11 @@ class _Slot(NamedTuple):
     report: Report
 
 
-@dataclass(frozen=True)
-class _Shielded:
-    """A saved state on its way through the base class, which would cast its tensors to the parameter's dtype."""
-
-    saved: dict[str, Any]
-    source: _state.Source
-
-
 def _key(p: Tensor, hyper: Hyper) -> tuple:
     """What a parameter's plan and stream were made from."""
     momentum = hyper.momentum_dtype if hyper.momentum else None
     structure = hyper.factor, hyper.min_dim_size_to_factor, hyper.rms_scope, hyper.scale_parameter
     return p.shape, p.dtype, momentum, structure, hyper.seed
-
-
-def _shield(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Runs last of the hooks before loading: finds the layout and puts every state beyond the base class's reach."""
-    if not {"state", "param_groups"} <= state_dict.keys():
-        raise ValueError(f"an optimizer's checkpoint has 'state' and 'param_groups', this has {sorted(state_dict)}")
-    theirs, ours = state_dict["param_groups"], optimizer.param_groups
-    if [len(group["params"]) for group in theirs] != [len(group["params"]) for group in ours]:
-        return state_dict  # the base class says so
-    layout = _state.layout_of(theirs)
-    indices = {index for group in theirs for index in group["params"]}
-    state = {key: value for key, value in state_dict["state"].items() if layout.own and key not in indices}
-    for group, own_group in zip(theirs, ours, strict=True):
-        for index, p in zip(group["params"], own_group["params"], strict=True):
-            saved = state_dict["state"].get(index)
-            if saved and not _has_data(p):
-                raise ValueError(f"parameter {index} has no data yet (meta or lazy); materialize the model, then load")
-            if saved:
-                state[index] = _Shielded(dict(saved), _state.Source(layout, group))
-            elif layout.own and _has_data(p) and p.requires_grad:
-                raise ValueError(
-                    f"the checkpoint has no state for parameter {index}, which is trainable: the checkpoint is not "
-                    "complete, or that parameter was frozen when it was saved; freeze it to load the rest"
-                )
-    if layout.own:
-        groups = [{**own_group, **group} for group, own_group in zip(theirs, ours, strict=True)]
-    else:
-        groups = [{**own_group, "params": group["params"]} for group, own_group in zip(theirs, ours, strict=True)]
-    return {**state_dict, "state": state, "param_groups": groups}
 
 
 def _allocate_sums(tasks: list[Task], device: torch.device) -> None:
@@ -418,10 +380,6 @@ def _allocate_sums(tasks: list[Task], device: torch.device) -> None:
         views = iter(torch.zeros(sum(sizes), dtype=dtype, device=device).split(sizes))
         for task in batch:
             task.sums = {spec.name: next(views).view(spec.shape) for spec in task.plan.sums}
-
-
-def _has_data(p: Tensor) -> bool:
-    return not (p.is_meta or is_lazy(p))
 
 
 def _shapes(named: Iterable[tuple[int, str, Tensor]]) -> list[tuple[str, tuple[int, ...]]]:

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
 
 from adafactor._hyper import dtype_of
 from adafactor._plan import Shape, TensorPlan, TensorSpec, View, choose_view
@@ -18,6 +20,11 @@ State = dict[str, Tensor]
 def allocate(plan: TensorPlan, device: torch.device) -> State:
     """The state of a parameter that has not been updated yet."""
     return {spec.name: _zeros(spec, device) for spec in plan.state}
+
+
+def has_data(p: Tensor) -> bool:
+    """Whether a parameter is there to be optimized: not on "meta", not lazy."""
+    return not (p.is_meta or is_lazy(p))
 
 
 def carry_over(plan: TensorPlan, state: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
@@ -158,6 +165,43 @@ def layout_of(groups: list[Mapping[str, Any]]) -> Layout:
     known = ", ".join(layout.package for layout in LAYOUTS if not layout.own)
     keys = sorted(groups[0].keys() - {"params"}) if groups else []
     raise ValueError(f"not an Adafactor's checkpoint: its param groups have {keys}; ours and those of {known} load")
+
+
+@dataclass(frozen=True)
+class Shielded:
+    """A saved state on its way through the base class, which would cast its tensors to the parameter's dtype."""
+
+    saved: dict[str, Any]
+    source: Source
+
+
+def shield(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Runs last of the hooks before loading: finds the layout and puts every state beyond the base class's reach."""
+    if not {"state", "param_groups"} <= state_dict.keys():
+        raise ValueError(f"an optimizer's checkpoint has 'state' and 'param_groups', this has {sorted(state_dict)}")
+    theirs, ours = state_dict["param_groups"], optimizer.param_groups
+    if [len(group["params"]) for group in theirs] != [len(group["params"]) for group in ours]:
+        return state_dict  # the base class says so
+    layout = layout_of(theirs)
+    indices = {index for group in theirs for index in group["params"]}
+    state = {key: value for key, value in state_dict["state"].items() if layout.own and key not in indices}
+    for group, own_group in zip(theirs, ours, strict=True):
+        for index, p in zip(group["params"], own_group["params"], strict=True):
+            saved = state_dict["state"].get(index)
+            if saved and not has_data(p):
+                raise ValueError(f"parameter {index} has no data yet (meta or lazy); materialize the model, then load")
+            if saved:
+                state[index] = Shielded(dict(saved), Source(layout, group))
+            elif layout.own and has_data(p) and p.requires_grad:
+                raise ValueError(
+                    f"the checkpoint has no state for parameter {index}, which is trainable: the checkpoint is not "
+                    "complete, or that parameter was frozen when it was saved; freeze it to load the rest"
+                )
+    if layout.own:
+        groups = [{**own_group, **group} for group, own_group in zip(theirs, ours, strict=True)]
+    else:
+        groups = [{**own_group, "params": group["params"]} for group, own_group in zip(theirs, ours, strict=True)]
+    return {**state_dict, "state": state, "param_groups": groups}
 
 
 def _as_planned(plan: TensorPlan, saved: dict[str, Any], momentum_mode: str, source: Source) -> dict[str, Any]:

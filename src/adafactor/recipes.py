@@ -14,8 +14,8 @@ def paper(**overrides: Any) -> dict[str, Any]:
 
 
 def adamw_like(lr: Any = 1e-3, **overrides: Any) -> dict[str, Any]:
-    """Takes AdamW's learning rate and schedule: momentum 0.9, beta2 capped at 0.999, clipping at 1."""
-    return {"lr": lr, "beta1": 0.9, "beta2_cap": 0.999} | overrides
+    """Takes AdamW's learning rate and schedule: Nesterov momentum 0.9, beta2 capped at 0.999, clipping at 1."""
+    return {"lr": lr, "beta1": 0.9, "nesterov": True, "beta2_cap": 0.999} | overrides
 
 
 def t5_pretrain(**overrides: Any) -> dict[str, Any]:
