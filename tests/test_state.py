@@ -272,7 +272,7 @@ def test_momentum_is_neither_invented_nor_dropped():
         train(theirs, torch.Generator().manual_seed(1))
     with pytest.raises(ValueError, match="the checkpoint has momentum for parameter 'param 0'"):
         Adafactor(parameters(), **compat.transformers()).load_state_dict(with_momentum.state_dict())
-    with pytest.raises(ValueError, match="this optimizer has momentum for .* build the optimizer with beta1=None"):
+    with pytest.raises(ValueError, match=r"this optimizer has momentum for .* build the optimizer with beta1=None"):
         Adafactor(parameters(), **compat.transformers(beta1=0.9)).load_state_dict(without_momentum.state_dict())
 
 
@@ -382,7 +382,7 @@ def test_pickle_with_a_factor_function_keeps_the_views_and_asks_for_new_ones():
     optimizer = Adafactor(parameters(), lr=1e-2, factor=lambda name, shape: None)
     twin = pickle.loads(pickle.dumps(optimizer))
     assert [row.view for row in twin.explain()] == ["full"] * len(SHAPES)
-    with pytest.raises(ValueError, match="factor must be one of.*'a function that was not saved'"):
+    with pytest.raises(ValueError, match=r"factor must be one of.*'a function that was not saved'"):
         twin.add_param_group({"params": parameters()})
     twin.add_param_group({"params": parameters(), "factor": "auto"})
 

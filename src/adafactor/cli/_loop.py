@@ -79,8 +79,8 @@ class Setup:
         return max(1, min(10, self.steps // 50))
 
     def evaluates_at(self, step: int) -> bool:
-        """Whether the model is evaluated after ``step``: eight times, evenly, the last time at the end."""
-        return step * 8 // self.steps != (step - 1) * 8 // self.steps
+        """Whether the model is evaluated after ``step``: six times, evenly, the last time at the end."""
+        return step * 6 // self.steps != (step - 1) * 6 // self.steps
 
     def rate(self, step: int) -> float:
         """The schedule's factor for step 1, 2, ..., ``steps``: a linear warm-up, then a cosine that ends near 0."""

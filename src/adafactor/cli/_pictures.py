@@ -49,8 +49,8 @@ STYLE = {
 def draw(results: list[Result], rows: dict[str, Rows]) -> dict[str, bytes]:
     """Every picture by its file's name, as PNG."""
     return {
-        "loss-over-steps.png": _picture(_loss("step", "step"), results, rows),
-        "loss-over-time.png": _picture(_loss("elapsed_s", "seconds of training"), results, rows),
+        "loss-over-steps.png": _picture(_loss_over_steps, results, rows),
+        "loss-over-time.png": _picture(_loss_over_time, results, rows),
         "memory.png": _picture(_memory, results, rows),
     }
 
@@ -64,39 +64,41 @@ def _picture(paint: Callable[[Figure, list[Result], dict[str, Rows]], None], res
     return buffer.getvalue()
 
 
-def _loss(x: str, label: str) -> Callable[[Figure, list[Result], dict[str, Rows]], None]:
-    def paint(figure: Figure, results: list[Result], rows: dict[str, Rows]) -> None:
-        ax = figure.subplots()
-        ends: list[tuple[float, float, str, str]] = []
-        seen: list[float] = []
-        for result in results:
-            mine = [row for row in rows[result["name"]] if math.isfinite(row["loss"])]
-            measured = [row for row in mine if "val_loss" in row]
-            color = COLORS.get(result["name"], INK)
-            ax.plot([r[x] for r in mine], [r["loss"] for r in mine], color=color, lw=0.9, alpha=0.3)
-            ax.plot(
-                [r[x] for r in measured], [r["val_loss"] for r in measured], color=color, lw=2.2, marker="o", ms=4.5
-            )
-            seen += [r["val_loss"] for r in measured]
-            if measured:
-                last = measured[-1]
-                ends.append((last[x], last["val_loss"], f"{result['title']} {last['val_loss']:.3f}", color))
-        if seen:
-            low, high = min(seen), max(seen)
-            margin = 0.08 * max(high - low, 0.2)
-            ax.set_ylim(low - margin, high + margin)
-        _label_ends(ax, ends)
-        ax.set_xlim(left=0)
-        ax.set_xlabel(label)
-        ax.set_title(
-            "Loss, nats per byte: thick with dots on validation text, thin on training text",
-            loc="left",
-            fontsize=11,
-            color=MUTED,
-            pad=12,
-        )
+def _loss_over_steps(figure: Figure, results: list[Result], rows: dict[str, Rows]) -> None:
+    _loss(figure, results, rows, "step", {result["name"]: 1.0 for result in results})
 
-    return paint
+
+def _loss_over_time(figure: Figure, results: list[Result], rows: dict[str, Rows]) -> None:
+    seconds = {result["name"]: (result["step_ms"] or 0.0) / 1e3 for result in results}
+    _loss(figure, results, rows, "seconds of training, at the time per step of the table", seconds)
+
+
+def _loss(figure: Figure, results: list[Result], rows: dict[str, Rows], label: str, unit: dict[str, float]) -> None:
+    """Both losses of every optimizer; a step is as wide as ``unit`` says."""
+    ax = figure.subplots()
+    ends: list[tuple[float, float, str, str]] = []
+    low, high = math.inf, -math.inf
+    for result in results:
+        name, color = result["name"], COLORS[result["name"]]
+        steps, losses = _column(rows[name], "loss", unit[name])
+        ax.plot(steps, losses, color=color, lw=0.9, alpha=0.3)
+        steps, measured = _column(rows[name], "val_loss", unit[name])
+        ax.plot(steps, measured, color=color, lw=2.2, marker="o", ms=4.5)
+        if measured:
+            low, high = min(low, *measured, *losses), max(high, *measured)
+            ends.append((steps[-1], measured[-1], f"{result['title']} {measured[-1]:.3f}", color))
+    if ends:
+        ax.set_ylim(low - 0.03 * (high - low) - 0.01, high + 0.06 * (high - low) + 0.01)
+    _label_ends(ax, ends)
+    ax.set_xlim(left=0)
+    ax.set_xlabel(label)
+    title = "Loss, nats per byte: thick with dots on validation text, thin on training text"
+    ax.set_title(title, loc="left", fontsize=11, color=MUTED, pad=12)
+
+
+def _column(rows: Rows, column: str, unit: float) -> tuple[list[float], list[float]]:
+    pairs = [(row["step"] * unit, row[column]) for row in rows if column in row]
+    return [x for x, _ in pairs], [y for _, y in pairs]
 
 
 def _label_ends(ax: Axes, ends: list[tuple[float, float, str, str]]) -> None:

@@ -18,11 +18,11 @@ from adafactor.cli._screen import size, table
 _TEXTS = {  # of each picture: what it shows, and how to read it
     "loss-over-steps.png": (
         "Loss of every optimizer over the steps",
-        "Thick with dots: validation text. Thin: training batches, averaged over each line of metrics.jsonl.",
+        "Every optimizer saw the same batches in the same order; the thin lines are averages over several.",
     ),
     "loss-over-time.png": (
         "The same losses over seconds of training",
-        "The same curves over the time spent in training steps: what a slower optimizer step costs.",
+        "The same curves over steps times the table's time per step: what a slower optimizer step costs.",
     ),
     "memory.png": (
         "Memory by component for every optimizer",

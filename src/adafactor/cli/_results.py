@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import datetime
+import math
 import os
 import platform
 import shlex
 import statistics
 import sys
+import time
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -19,7 +21,7 @@ from torch import Tensor
 import adafactor
 from adafactor import memory
 from adafactor.cli._contenders import CONTENDERS, GAP_NOISE
-from adafactor.cli._loop import CLIP_NORM, VALIDATION_WINDOWS, WARMUP_SHARE, Setup, Trainer
+from adafactor.cli._loop import CLIP_NORM, VALIDATION_WINDOWS, WARMUP_SHARE, Diverged, Setup, Trainer
 from adafactor.cli._text import Corpus
 
 Result = dict[str, Any]
@@ -32,7 +34,7 @@ def allocated(tensors: Iterable[Tensor | None]) -> int:
 
 
 def memory_of_step(trainer: Trainer) -> dict[str, int]:
-    """Allocated bytes at the peak of one more training step, by component; the trainer is of no use afterwards."""
+    """Allocated bytes at the peak of one more training step, by component."""
     optimizer, parameters = trainer.optimizer, list(trainer.model.parameters())
     optimizer.zero_grad(set_to_none=True)
     tokens = trainer.corpus.batch(trainer.setup.batch_size, trainer.setup.context, trainer.generator)
@@ -60,8 +62,6 @@ def summarize(trainer: Trainer, rows: list[dict[str, Any]], diverged_at: int | N
     setup, contender = trainer.setup, trainer.contender
     parameters = sum(p.numel() for p in trainer.model.parameters())
     bytes_by_component = memory_of_step(trainer)
-    step_ms = statistics.median(row["step_ms"] for row in rows) if rows else None
-    optimizer_ms = statistics.median(row["optimizer_ms"] for row in rows) if rows else None
     finished = diverged_at is None
     return {
         "name": contender.name,
@@ -77,21 +77,69 @@ def summarize(trainer: Trainer, rows: list[dict[str, Any]], diverged_at: int | N
         "state_bytes": bytes_by_component["state"],
         "state_bytes_per_parameter": bytes_by_component["state"] / parameters,
         "memory": bytes_by_component,
-        "step_ms": step_ms,
-        "optimizer_ms": optimizer_ms,
-        "optimizer_share": optimizer_ms / step_ms if optimizer_ms and step_ms else None,
-        "tokens_per_second": setup.tokens_per_step * trainer.steps_done / trainer.seconds if rows else None,
         "train_seconds": trainer.seconds,
+        **timing(setup, _median(rows, "step_ms"), _median(rows, "optimizer_ms")),
     }
 
 
-def collect(kind: str, setup: Setup, corpus: Corpus, results: list[Result], planned: list[str]) -> dict[str, Any]:
-    """The whole of results.json."""
+def _median(rows: list[dict[str, Any]], column: str) -> float | None:
+    return statistics.median(row[column] for row in rows) if rows else None
+
+
+def timing(setup: Setup, step_ms: float | None, optimizer_ms: float | None) -> dict[str, float | None]:
+    """The columns that follow from the times of a step and of the optimizer in it; None where there was no step."""
+    if step_ms is None or optimizer_ms is None:
+        return dict.fromkeys(("step_ms", "optimizer_ms", "optimizer_share", "tokens_per_second"))
+    return {
+        "step_ms": step_ms,
+        "optimizer_ms": optimizer_ms,
+        "optimizer_share": optimizer_ms / step_ms,
+        "tokens_per_second": setup.tokens_per_step / step_ms * 1e3,
+    }
+
+
+def time_side_by_side(trainers: list[Trainer], results: list[Result]) -> bool:
+    """Replace the times of each one's own run by times taken in turns, so that what else the machine does meets all.
+
+    Every trainer takes another step, then every one the next, for 25 rounds (or 15 seconds, but at least 5 rounds);
+    the medians count. The trainers are of no other use afterwards. False, and nothing replaced, when one diverges now.
+    """
+    until = time.monotonic() + 15
+    try:
+        for turn in range(25):
+            if turn >= 5 and time.monotonic() > until:
+                break
+            for trainer in trainers:
+                trainer.step()
+    except Diverged:
+        return False
+    by_name = {trainer.contender.name: trainer for trainer in trainers}
+    for result in results:
+        if trainer := by_name.get(result["name"]):
+            measured = trainer.metrics()
+            result |= timing(trainer.setup, measured["step_ms"], measured["optimizer_ms"])
+    return True
+
+
+def collect(
+    kind: str, setup: Setup, corpus: Corpus, results: list[Result], missing: list[str], side_by_side: bool
+) -> dict[str, Any]:
+    """The whole of results.json.
+
+    Args:
+        kind: the command.
+        setup: of all trainings.
+        corpus: of all trainings.
+        results: of those that finished or diverged.
+        missing: names of those that did neither.
+        side_by_side: the times are those of ``time_side_by_side``.
+    """
     return {
         "format": 1,
         "kind": kind,
         "headline": headline(results),
-        "notes": notes(results, setup, [name for name in planned if name not in {r["name"] for r in results}]),
+        "notes": notes(results, setup, missing),
+        "timing": "side by side" if side_by_side else "each on its own",
         "optimizers": results,
         "setup": asdict(setup)
         | {
@@ -156,7 +204,9 @@ def headline(results: list[Result]) -> str:
         relation = f"is level with {other} ({a:.3f} and {b:.3f} nats per byte)"
     else:
         relation = f"ends {abs(a - b):.3f} nats per byte {'below' if a < b else 'above'} {other} ({a:.3f} and {b:.3f})"
-    return f"{_sentence_case(ours)} {relation}, with {_share(ours, theirs)} its optimizer state."
+    slower = (ours["step_ms"] or math.nan) / (theirs["step_ms"] or math.nan)
+    speed = f" and {slower:.1f} times its time per step" if slower > 1.1 or slower < 0.9 else ""
+    return f"{_sentence_case(ours)} {relation}, with {_share(ours, theirs)} its optimizer state{speed}."
 
 
 def _sentence_case(result: Result) -> str:
@@ -202,6 +252,4 @@ def notes(results: list[Result], setup: Setup, missing: list[str]) -> list[str]:
             "Adafactor (paper) sets its own rate; the schedule does not apply to it. It needs "
             f"{paper['state_bytes_per_parameter']:.2f} bytes of state per parameter, and was made for far longer runs."
         )
-    if len(results) > 1 and setup.device == "cpu":
-        said.append("Times are medians; other work on the machine while one optimizer ran shows in its time alone.")
     return said

@@ -65,6 +65,7 @@ def compare(
 
     results: list[dict[str, Any]] = []
     rows: dict[str, list[dict[str, Any]]] = {}
+    trained: list[Trainer] = []
     with StopSignal() as stop, Screen(len(chosen), steps) as screen:
         for contender in chosen:
             trainer = Trainer(setup, contender, rates[contender.name], corpus)
@@ -82,10 +83,14 @@ def compare(
             results.append(_results.summarize(trainer, metrics.rows, diverged_at))
             write_json(directory / contender.name / "result.json", results[-1])
             screen.end(_line(results[-1]))
+            if diverged_at is None:
+                trained.append(trainer)
+        side_by_side = not stop.received and _results.time_side_by_side(trained, results)
     if stop.received and not results:
         raise Interrupted(stop.received, "interrupted before the first optimizer had finished; nothing to report")
 
-    found = _results.collect("compare", setup, corpus, results, [c.name for c in chosen])
+    missing = [contender.name for contender in chosen if contender.name not in rows]
+    found = _results.collect("compare", setup, corpus, results, missing, side_by_side)
     show(directory, found, rows, as_json)
     if stop.received:
         raise Interrupted(stop.received, f"interrupted; the report covers {', '.join(r['name'] for r in results)}")

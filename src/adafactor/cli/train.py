@@ -90,7 +90,7 @@ def train(
         raise Interrupted(stop.received or 0, f"stopped at step {trainer.steps_done}; continue with: {again}")
 
     result = _results.summarize(trainer, rows, None)
-    found = _results.collect("train", run.setup, corpus, [result], [run.optimizer])
+    found = _results.collect("train", run.setup, corpus, [result], [], side_by_side=False)
     show(out, found, {run.optimizer: rows}, as_json)
 
 
