@@ -17,7 +17,6 @@ import oracle
 from adafactor import Adafactor
 from oracle import Array, State, View
 
-torch.set_num_threads(min(2, torch.get_num_threads()))  # more of them than idle cores wait for each other for seconds
 
 Shape = tuple[int, ...]
 Snapshot = dict[str, Tensor]  # "p" and the state tensors, after one step

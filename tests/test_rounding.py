@@ -342,7 +342,6 @@ def test_the_optimizer_rounds_by_the_definition(
     """The bits of the float32 result, rounded with the draws of its seed, name, step and row-major index."""
     if elements:
         monkeypatch.setattr(reference, "BLOCK", elements)
-    reference._cuts.cache_clear()
     p0, grads = problem(shape, steps=4, dtype=dtype)
     narrow, wide = parameter(p0), parameter(p0.float())
     stochastic = Adafactor([("a.weight", narrow)], seed=3, **MODES[mode])
@@ -357,7 +356,29 @@ def test_the_optimizer_rounds_by_the_definition(
         assert_same_bits({"p": narrow.detach()}, {"p": expected}, f"step {t}:")
         with torch.no_grad():
             wide.copy_(narrow)
-    reference._cuts.cache_clear()
+
+
+@pytest.mark.parametrize("rounding", ["stochastic", "nearest"])
+@pytest.mark.parametrize("mode", ["momentum", "nesterov, unscaled", "function"])
+@pytest.mark.parametrize("shape", FEW_SHAPES, ids=shape_id)
+def test_bfloat16_momentum_is_rounded_by_the_definition(shape: Shape, mode: str, rounding: str):
+    """With a stream of its own, "name/exp_avg"; the weights receive it unrounded."""
+    p0, grads = problem(shape, steps=4, dtype=torch.float32)
+    narrow, wide = parameter(p0), parameter(p0)
+    kwargs = {**MODES[mode], "seed": 3, "rounding": rounding}
+    stored = Adafactor([("a.weight", narrow)], momentum_dtype=torch.bfloat16, **kwargs)
+    exact = Adafactor([("a.weight", wide)], **kwargs)
+    index = np.arange(p0.numel()).reshape(shape)
+    for t, g in enumerate(grads, 1):
+        narrow.grad = wide.grad = g
+        stored.step()
+        exact.step()
+        M = exact.state[wide]["exp_avg"]
+        bits = bits_at(step_words(stream_words(3, "a.weight/exp_avg"), t), index)
+        expected = torch.tensor(rounded(M.numpy(), torch.bfloat16, bits)) if rounding == "stochastic" else M
+        ours = {"p": narrow.detach(), "M": stored.state[narrow]["exp_avg"]}
+        assert_same_bits(ours, {"p": wide.detach(), "M": expected.bfloat16()}, f"step {t}:")
+        M.copy_(ours["M"])
 
 
 @pytest.mark.parametrize("name", [None, "block.0.weight"])
