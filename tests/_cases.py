@@ -17,7 +17,6 @@ import oracle
 from adafactor import Adafactor
 from oracle import Array, State, View
 
-
 Shape = tuple[int, ...]
 Snapshot = dict[str, Tensor]  # "p" and the state tensors, after one step
 
