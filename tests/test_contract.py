@@ -591,12 +591,9 @@ def test_sums_that_overflow_skip_the_step_as_a_whole():
     start = p.detach().clone()
     p.grad = gradient
     optimizer.step()
-    seen = optimizer.diagnostics()["param 0"]
-    if seen.skipped:
-        assert torch.equal(p, start)
-        assert int(optimizer.state[p]["step"]) == 0
-    else:
-        assert (p - start).abs().max() > 0
+    assert optimizer.diagnostics()["param 0"][:2] == (0, 1)
+    assert torch.equal(p, start)
+    assert int(optimizer.state[p]["step"]) == 0
 
 
 def test_a_group_lr_that_transformers_ignores_is_ignored_aloud():
