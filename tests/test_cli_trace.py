@@ -15,35 +15,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-
-pytest.importorskip("typer")
-pytest.importorskip("matplotlib")
-
 import torch
-import typer
 from PIL import Image
-from typer.testing import CliRunner
 
+from _trace import run, run_json
 from adafactor.cli._errors import UserError
 from adafactor.cli._surfaces import SURFACES
 from adafactor.cli._trace_animate import FRAMES, POSITIONS, frame_steps
 from adafactor.cli._trace_draw import chosen_steps, num, powers_of_ten
 from adafactor.cli._trace_walk import walk_both
-from adafactor.cli.trace import trace
-
-app = typer.Typer()
-app.command()(trace)
-
-
-def run(tmp_path: Path, *arguments: str) -> Any:
-    return CliRunner().invoke(app, [*arguments, "--out", str(tmp_path / "out")])
-
-
-def run_json(tmp_path: Path, *arguments: str) -> dict[str, Any]:
-    result = run(tmp_path, *arguments, "--json")
-    assert result.exit_code == 0, result.output
-    return json.loads(result.stdout)
-
 
 # --- an independent recomputation, numpy float64, from the boxed math -----------------------------------------------
 
