@@ -5,7 +5,8 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from adafactor._plan import TensorPlan, View, check_parameter, resolve_factor, t
 from adafactor._reports import Diagnostics, Explanation, diagnostics_of, explanation_of
 from adafactor._rounding import stream_key
 from adafactor._schedule import exact, rho_at
-from adafactor.backends import Report, Streams, Task, select
+from adafactor.backends import Backend, Choice, Report, Streams, Task, Written, check_available, reference, select
 
 
 class Adafactor(Optimizer):
@@ -106,7 +107,7 @@ class Adafactor(Optimizer):
     ) -> None:
         arguments = {name: value for name, value in locals().items() if name in DEFAULTS}
         arguments["momentum_dtype"] = dtype_name(momentum_dtype)
-        select(backend, torch.device("cpu"))
+        check_available(backend)
         self._backend = backend
         self._start(ready=False)
         super().__init__(params, arguments)
@@ -207,7 +208,7 @@ class Adafactor(Optimizer):
         """
         self._rebuild()
         return explanation_of(
-            (slot.plan, p in self.state, select(self._backend, p.device)) for p, slot in self._slots.items()
+            (slot.plan, p in self.state, slot.served or slot.choice) for p, slot in self._slots.items()
         )
 
     def diagnostics(self) -> dict[str, Diagnostics]:
@@ -231,7 +232,7 @@ class Adafactor(Optimizer):
     # The step
 
     def _update(self) -> None:
-        tasks: dict[torch.device, list[Task]] = {}
+        tasks: dict[tuple[str, torch.device], tuple[Backend, list[Task]]] = {}
         updated: list[dict[str, Any]] = []
         for group in self.param_groups:
             hyper = Hyper.of(group)
@@ -241,18 +242,24 @@ class Adafactor(Optimizer):
                     continue
                 slot = self._slot(p, hyper)
                 _check_gradient(slot.plan.name, p.grad)
-                task = Task(slot.plan, hyper, p, p.grad, self.state[p], lr, slot.streams, slot.report)
-                tasks.setdefault(p.device, []).append(task)
+                task = Task(
+                    slot.plan, hyper, p, p.grad, self.state[p], lr, slot.streams, slot.report, slot.written
+                )
+                backend = self._serving(slot, task)
+                tasks.setdefault((backend.name, p.device), (backend, []))[1].append(task)
                 if not updated or updated[-1] is not group:
                     updated.append(group)
-        for device, batch in tasks.items():
-            backend = select(self._backend, device).backend
-            _allocate_sums(batch, device)
-            backend.sweep(batch)
-            # On one device the local sums are the global sums; sharded, this is where they cross the mesh.
-            backend.apply(batch)
+        for backend, batch in tasks.values():
+            # On one device the local sums are the global sums; sharded, they will cross the mesh between its two halves.
+            backend.step(batch)
         for group in updated:
             self._show_lr(group, group["updates"] + 1)
+
+    def _serving(self, slot: _Slot, task: Task) -> Backend:
+        """The backend that takes this task: the reference where the chosen one cannot, as `explain()` then shows."""
+        refusal = slot.choice.backend.refuses(task)
+        slot.served = Choice(reference, refusal) if refusal else slot.choice
+        return slot.served.backend
 
     def _show_lr(self, group: dict[str, Any], updates: int) -> None:
         group["updates"] = updates
@@ -329,12 +336,13 @@ class Adafactor(Optimizer):
             self.state[p] = _state.carry_over(plan, state, p.device)
         elif not state and (p.requires_grad or p.grad is not None):
             self.state[p] = _state.allocate(plan, p.device)
-        if old and old.report.counts.device == p.device:
+        if old and old.report.values.device == p.device and old.plan.dims == plan.dims:
             report = old.report
         else:
-            report = Report(torch.zeros(3, dtype=torch.float32, device=p.device))
+            report = Report.of(plan, p.device)
         streams = Streams(stream_key(hyper.seed, name), stream_key(hyper.seed, f"{name}/exp_avg"))
-        return _Slot(_key(p, hyper), plan, frozenset(spec.name for spec in plan.state), streams, report)
+        names = frozenset(spec.name for spec in plan.state)
+        return _Slot(_key(p, hyper), plan, names, streams, report, Written(), select(self._backend, plan, p))
 
     def _forget_removed(self) -> None:
         """Drop the state of parameters that are no longer in any group: they were swapped for others."""
@@ -357,29 +365,23 @@ class Adafactor(Optimizer):
             self._show_lr(group, max(steps))
 
 
-class _Slot(NamedTuple):
+@dataclass(slots=True)
+class _Slot:
     key: tuple
     plan: TensorPlan
     names: frozenset[str]  # of the state tensors
     streams: Streams
     report: Report
+    written: Written
+    choice: Choice
+    served: Choice | None = None  # by which backend, at the last step
 
 
 def _key(p: Tensor, hyper: Hyper) -> tuple:
     """What a parameter's plan and stream were made from."""
     momentum = hyper.momentum_dtype if hyper.momentum else None
     structure = hyper.factor, hyper.min_dim_size_to_factor, hyper.rms_scope, hyper.scale_parameter
-    return p.shape, p.dtype, momentum, structure, hyper.seed
-
-
-def _allocate_sums(tasks: list[Task], device: torch.device) -> None:
-    """One flat buffer per dtype for the partial sums of all parameters, so that they can cross a mesh together."""
-    for dtype in {task.plan.compute_dtype for task in tasks}:
-        batch = [task for task in tasks if task.plan.compute_dtype == dtype]
-        sizes = [spec.numel for task in batch for spec in task.plan.sums]
-        views = iter(torch.zeros(sum(sizes), dtype=dtype, device=device).split(sizes))
-        for task in batch:
-            task.sums = {spec.name: next(views).view(spec.shape) for spec in task.plan.sums}
+    return p.shape, p.dtype, p.is_contiguous(), momentum, structure, hyper.seed
 
 
 def _shapes(named: Iterable[tuple[int, str, Tensor]]) -> list[tuple[str, tuple[int, ...]]]:

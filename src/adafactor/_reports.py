@@ -80,6 +80,6 @@ def diagnostics_of(report: Report) -> Diagnostics:
         updates=int(updates),
         skipped=int(skipped),
         clipped=clipped / updates if updates else 0.0,
-        update_rms=() if report.update_rms is None else tuple(report.update_rms.tolist()),
-        step_size=() if report.step_size is None else tuple(report.step_size.tolist()),
+        update_rms=tuple(report.update_rms.tolist()) if updates else (),
+        step_size=tuple(report.step_size.tolist()) if updates else (),
     )

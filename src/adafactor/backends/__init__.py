@@ -1,7 +1,9 @@
 """Backends: what a backend is, and which one serves a parameter.
 
 A backend sees local dense matrices only, and does two things: `sweep` reads the gradients once and leaves partial sums
-behind; `apply` takes the sums, complete by then, and commits weights and state. Both take all parameters at once.
+behind; `apply` takes the sums, complete by then, and commits weights and state. `step` is both, for parameters whose
+sums are complete where they are made; a backend may then go on with a parameter while its gradient is still in cache.
+Each takes all parameters at once.
 """
 
 from __future__ import annotations
@@ -26,17 +28,18 @@ class Streams(NamedTuple):
 
 @dataclass(slots=True)
 class Task:
-    """One parameter's update, from sweep to apply.
+    """One parameter's update.
 
     Attributes:
         p, g: the weights and their gradient, in the parameter's shape.
         state: the tensors of `plan.state`.
         lr: the group's lr, or None for the paper's relative step.
         streams: the words for stochastic rounding, of the weights and of their momentum.
-        sums: the tensors of `plan.sums`, zero at first; sweep adds to them.
         report: counters on the device, which apply advances.
-        t, beta2: of this update; sweep notes them for apply.
+        written: what the last write of p left behind, where the step is scaled by RMS(p).
+        sums: the tensors of `plan.sums`; sweep adds to them.
         rows: what sweep keeps for apply without committing it: the new R.  # [matrices, rows]
+        t, beta2: of this update; sweep may note them for apply.
     """
 
     plan: TensorPlan
@@ -47,27 +50,60 @@ class Task:
     lr: float | Tensor | None
     streams: Streams
     report: Report
+    written: Written
     sums: dict[str, Tensor] = field(default_factory=dict)
+    rows: Tensor | None = None
     t: Any = None  # a float, or a 0-d tensor where reading its value would wait for the device
     beta2: Any = None
-    rows: Tensor | None = None
 
 
 @dataclass(slots=True)
 class Report:
-    """What `diagnostics()` shows, as tensors on the device: nothing waits for them until asked.
+    """What `diagnostics()` shows, on the device: nothing waits for it until asked."""
 
-    `counts` is the number of updates, of matrix updates that clipping shortened (as a share), and of gradients that
-    were skipped for being non-finite.
+    values: Tensor  # [3 + 2 matrices]
+
+    @classmethod
+    def of(cls, plan: TensorPlan, device: torch.device) -> Report:
+        return cls(torch.zeros(3 + 2 * plan.dims[0], dtype=plan.compute_dtype, device=device))
+
+    @property
+    def counts(self) -> Tensor:
+        """Updates; matrix updates that clipping shortened, as a share; gradients skipped for being non-finite."""
+        return self.values[:3]
+
+    @property
+    def update_rms(self) -> Tensor:  # [matrices]
+        return self.values[3:].chunk(2)[0]
+
+    @property
+    def step_size(self) -> Tensor:  # [matrices]
+        return self.values[3:].chunk(2)[1]
+
+
+@dataclass(slots=True)
+class Written:
+    """The sum of p^2 that a backend's last write of p left, which holds while nobody else writes to p.
+
+    Attributes:
+        param_sq: [matrices], or None before the first write.
+        mark: p's address and version then.
+        trusted: False once p was changed behind autograd's back, which leaves no mark.
     """
 
-    counts: Tensor  # [3]
-    update_rms: Tensor | None = None  # [matrices]
-    step_size: Tensor | None = None  # [matrices]
+    param_sq: Tensor | None = None
+    mark: tuple[int, int] | None = None
+    trusted: bool = True
 
 
 class Backend(Protocol):
     name: str
+
+    def refuses(self, task: Task) -> str | None:
+        """Why it cannot take the task as it stands, or None."""
+        ...
+
+    def step(self, tasks: Sequence[Task]) -> None: ...
 
     def sweep(self, tasks: Sequence[Task]) -> None: ...
 
@@ -79,18 +115,44 @@ class Choice(NamedTuple):
     reason: str
 
 
-def select(requested: str, device: torch.device) -> Choice:
-    """The backend for parameters on `device`, and why.
-
-    Raises:
-        ValueError: if `requested` is no backend at all.
-        NotImplementedError: if it is one that this version does not have.
+def check_available(requested: str) -> None:
     """
-    from adafactor.backends import reference
+    Raises:
+        ValueError: if `requested` is no backend, or one that this installation lacks.
+        NotImplementedError: if this version does not have it yet.
+    """
+    from adafactor.backends import cpu
 
     check_backend(requested)
-    if requested == "auto":
-        return Choice(reference, f"the only one for {device.type} in this version")
+    if requested == "triton":
+        raise NotImplementedError("backend='triton' is not built yet; available: 'auto', 'reference', 'cpu'")
+    if requested == "cpu" and cpu.missing():
+        raise ValueError(f"backend='cpu' is not available: {cpu.missing()}; use backend='auto' or 'reference'")
+
+
+def select(requested: str, plan: TensorPlan, p: Tensor) -> Choice:
+    """The backend for one parameter, and why.
+
+    Raises:
+        ValueError: if it was asked for by name and cannot serve this parameter.
+    """
+    from adafactor.backends import cpu, reference
+
     if requested == "reference":
         return Choice(reference, "asked for")
-    raise NotImplementedError(f"backend={requested!r} is not built yet; available: 'auto', 'reference'")
+    refusal = cpu.refuses_parameter(plan, p)
+    if refusal is None:
+        return Choice(cpu, f"CPU kernels, {cpu.instruction_set()}")
+    if requested == "cpu":
+        raise ValueError(f"backend='cpu' cannot serve parameter {plan.name!r}: {refusal}; use backend='auto'")
+    return Choice(reference, refusal)
+
+
+def allocate_sums(tasks: Sequence[Task]) -> None:
+    """One flat buffer per dtype for the partial sums of all parameters, so that they can cross a mesh together."""
+    for dtype in {task.plan.compute_dtype for task in tasks}:
+        batch = [task for task in tasks if task.plan.compute_dtype == dtype]
+        sizes = [spec.numel for task in batch for spec in task.plan.sums]
+        views = iter(torch.zeros(sum(sizes), dtype=dtype, device=batch[0].p.device).split(sizes))
+        for task in batch:
+            task.sums = {spec.name: next(views).view(spec.shape) for spec in task.plan.sums}

@@ -23,11 +23,21 @@ from torch import Tensor
 from adafactor._plan import Axes, Shape, TensorPlan
 from adafactor._rounding import random_bits, round_stochastic, step_key
 from adafactor._schedule import beta2_at, exact, rho_at
-from adafactor.backends import Task
+from adafactor.backends import Task, allocate_sums
 
 name = "reference"
 
 BLOCK = 1 << 15  # elements read at once: a float32 block and its temporaries stay below 4 MiB
+
+
+def refuses(task: Task) -> str | None:
+    return None
+
+
+def step(tasks: Sequence[Task]) -> None:
+    allocate_sums(tasks)
+    sweep(tasks)
+    apply(tasks)
 
 
 def sweep(tasks: Sequence[Task]) -> None:
@@ -114,9 +124,10 @@ def _apply(task: Task) -> None:
         _commit(_ordered(state["exp_avg_sq_col"], _col_axes(plan)), factors.C, ok)
     state["step"] += ok
     report = task.report
-    report.counts += torch.stack([ok.float(), ok * (clip > 1).float().mean(), (~ok).float()])
-    report.update_rms = rms_U if report.update_rms is None else torch.where(ok, rms_U, report.update_rms)
-    report.step_size = alpha if report.step_size is None else torch.where(ok, alpha, report.step_size)
+    counts = report.counts
+    counts += torch.stack([ok.float(), ok * (clip > 1).float().mean(), (~ok).float()])
+    _commit(report.update_rms, rms_U, ok)
+    _commit(report.step_size, alpha, ok)
 
 
 class Factors(NamedTuple):

@@ -1,0 +1,206 @@
+// Weights, gradients and momentum in memory, and their rounding, which _rounding.py defines.
+#pragma once
+
+#include <type_traits>
+
+#include "vec.h"
+
+namespace {
+
+constexpr int BLOCK = 2 * LANES;  // consecutive elements that are worked on together, in PARTS parts
+
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+struct nothing {};
+
+template <class T>
+constexpr bool NARROW = sizeof(T) == 2;
+
+// A part of a block. In natural order `a` is from its first 16 elements and `b` from its last; in pair order `a` holds the
+// even and `b` the odd ones, which is how 16-bit formats come apart with shifts alone, and how neighbours share a random
+// word.
+struct Part {
+  F32 a, b;
+};
+
+INLINE Part operator+(Part x, Part y) { return {x.a + y.a, x.b + y.b}; }
+INLINE Part operator-(Part x, Part y) { return {x.a - y.a, x.b - y.b}; }
+INLINE Part operator*(Part x, Part y) { return {x.a * y.a, x.b * y.b}; }
+INLINE Part operator/(Part x, Part y) { return {x.a / y.a, x.b / y.b}; }
+INLINE Part operator*(Part x, F32 y) { return {x.a * y, x.b * y}; }
+INLINE Part operator+(Part x, F32 y) { return {x.a + y, x.b + y}; }
+
+INLINE F32 sum(Part x) { return x.a + x.b; }
+
+// Where column j stands in an array that is kept in pair order.
+INLINE int64_t paired(int64_t j) { return j / 32 * 32 + j % 32 / 2 + j % 2 * 16; }
+
+// Part k of a block that is in the order of its parts already.
+INLINE Part load_lanes(const float* block, int k) {
+  return {load<F32>(block + k * WIDTH), load<F32>(block + LANES + k * WIDTH)};
+}
+
+INLINE void store_lanes(float* block, int k, Part x) {
+  store(block + k * WIDTH, x.a);
+  store(block + LANES + k * WIDTH, x.b);
+}
+
+INLINE F32 widen(U32 half) {  // float16 in the low bits
+  const U32 magnitude = (half & 0x7FFFu) << 13, exponent = half & 0x7C00u;
+  const U32 small = (U32)((F32)(magnitude + (113u << 23)) - 0x1p-14f);
+  U32 word = choose((U32)(exponent == 0), small, magnitude + (112u << 23));
+  word = choose((U32)(exponent == 0x7C00u), magnitude | 0x7F800000u, word);
+  return (F32)(word | (half & 0x8000u) << 16);
+}
+
+template <bool PAIRS, class T>
+INLINE Part load_part(const T* block, int k) {
+  if constexpr (!PAIRS) {
+    return load_lanes(block, k);
+  } else if constexpr (std::is_same_v<T, float>) {
+    const F32 x = load<F32>(block + 2 * k * WIDTH), y = load<F32>(block + (2 * k + 1) * WIDTH);
+    return {evens(x, y), odds(x, y)};
+  } else {
+    const U32 words = load<U32>(block + 2 * k * WIDTH);
+    if constexpr (std::is_same_v<T, bf16>) return {(F32)(words << 16), (F32)(words & keep(0xFFFF0000u))};
+    return {widen(words & 0xFFFFu), widen(words >> 16)};
+  }
+}
+
+// Random bits: one word for two neighbours.
+
+template <class Word, class Constant>
+INLINE Word mix(Word word, Word key, Constant first, Constant second) {
+  word ^= word >> 16;
+  word *= first;
+  word ^= word >> 15;
+  word += key;
+  word *= second;
+  return word ^ word >> 16;
+}
+
+constexpr uint32_t MULTIPLIERS[] = {0x7FEB352Du, 0x846CA68Bu};
+
+// The draws of one step for a run of elements, in their order.
+struct Draws {
+  uint32_t key[2];
+  uint64_t element = 0;
+  bool odd = false, wraps = false;
+  U32 pairs = {}, salt = {}, last = {}, first_multiplier, second_multiplier;
+
+  Draws(const int32_t* stream, int64_t step)
+      : first_multiplier(keep(MULTIPLIERS[0])), second_multiplier(keep(MULTIPLIERS[1])) {
+    const auto mixed = [](uint32_t word, uint32_t key) { return mix(word, key, MULTIPLIERS[0], MULTIPLIERS[1]); };
+    key[0] = mixed((uint32_t)stream[0] ^ (uint32_t)step, (uint32_t)stream[1]);
+    key[1] = mixed((uint32_t)stream[1] ^ (uint32_t)step, key[0]);
+    last = all(key[1]);
+  }
+
+  // Begin a run of `count` elements.
+  void begin(uint64_t first, int64_t count) {
+    alignas(64) static constexpr uint32_t lane[LANES] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    element = first;
+    const uint64_t pair = first / 2;
+    odd = first % 2;
+    wraps = (pair + count / 2 + BLOCK) >> 32 != pair >> 32;  // the low word does
+    pairs = load<U32>(lane) + (uint32_t)pair;
+    salt = all((uint32_t)(pair >> 32) * 0x9E3779B9u + key[0]);
+  }
+
+  // 16 bits each for the next elements, in pair order: those of `a` in the low halves, of `b` in the high ones.
+  MEMBER U32 next() {
+    U32 words = mix(pairs ^ salt, last, first_multiplier, second_multiplier);
+    if (__builtin_expect(odd, 0)) {
+      const U32 after = mix((pairs + 1u) ^ salt, last, first_multiplier, second_multiplier);
+      words = words >> 16 | after << 16;
+    }
+    if (__builtin_expect(wraps, 0)) words = next_slowly();
+    pairs += (uint32_t)WIDTH;
+    return words;
+  }
+
+  __attribute__((noinline)) U32 next_slowly() {
+    U32 words;
+    for (int i = 0; i < WIDTH; ++i, element += 2) {
+      uint32_t word[2];
+      for (int side = 0; side < 2; ++side) {
+        const uint64_t index = element + side, pair = index / 2;
+        const uint32_t mixed = mix((uint32_t)pair ^ ((uint32_t)(pair >> 32) * 0x9E3779B9u + key[0]), key[1],
+                                   MULTIPLIERS[0], MULTIPLIERS[1]);
+        word[side] = mixed >> index % 2 * 16 & 0xFFFFu;
+      }
+      words[i] = word[0] | word[1] << 16;
+    }
+    return words;
+  }
+};
+
+// Rounding to 16 bits, which end up in the upper half of each word.
+
+INLINE U32 bf16_of(F32 x, U32 bits) {
+  const U32 word = (U32)x, magnitude = word & 0x7FFFFFFFu, moved = magnitude + bits;
+  const U32 rounded = choose((U32)(moved < 0x7F7FFFFFu), moved, all(0x7F7FFFFFu));
+  return choose((U32)(magnitude < 0x7F800000u), rounded, magnitude) | (word & 0x80000000u);
+}
+
+INLINE U32 bf16_nearest(F32 x) {
+  const U32 word = (U32)x;
+  return choose((U32)(x == x), word + 0x7FFFu + (word >> 16 & 1u), word | 0x00400000u);
+}
+
+INLINE U32 f16_special(U32 magnitude) { return 0x7C00u | ((U32)(magnitude > 0x7F800000u) & 0x0200u); }
+
+INLINE U32 f16_of(F32 x, U32 bits) {
+  const U32 word = (U32)x, plain = word & 0x7FFFFFFFu;
+  const U32 small = (U32)(plain < 0x38800000u);  // below the smallest normal number, 2^-14
+  const U32 moved = choose(small, (U32)((F32)plain + 0x1p-14f), plain) + (bits >> 3);
+  const U32 rounded = choose((U32)(moved < 0x477FFFFFu), moved, all(0x477FFFFFu));
+  const U32 half = (rounded >> 13) - choose(small, all(113u << 10), all(112u << 10));
+  return choose((U32)(plain < 0x7F800000u), half, f16_special(plain)) << 16 | (word & 0x80000000u);
+}
+
+INLINE U32 f16_nearest(F32 x) {
+  const U32 word = (U32)x, plain = word & 0x7FFFFFFFu;
+  const U32 small = (U32)((F32)plain + 0.5f) - 0x3F000000u;  // the addition rounds to a multiple of 2^-24
+  const U32 normal = (plain - (112u << 23) + 0x0FFFu + (plain >> 13 & 1u)) >> 13;  // may carry into infinity
+  const U32 half = choose((U32)(plain < 0x38800000u), small, normal);
+  return choose((U32)(plain < 0x47800000u), half, f16_special(plain)) << 16 | (word & 0x80000000u);
+}
+
+INLINE U32 halves(U32 a, U32 b) { return a >> 16 | (b & keep(0xFFFF0000u)); }
+
+// True if any of these bfloat16 numbers is the largest one or beyond it.
+INLINE bool at_the_edge(U32 pairs) {
+  const U16 x = (U16)pairs, bottom = (U16)keep(0x81028102u);
+  const U16 shifted = x + x + bottom;  // without the sign, and with those numbers wrapped to the bottom
+  return any((U32)((S16)shifted < (S16)bottom));
+}
+
+INLINE U32 rounded_to(bf16*, Part x, U32 bits) {
+  const U32 even = bits & keep(0xFFFFu), odd = bits >> 16;
+  const U32 rounded = halves((U32)x.a + even, (U32)x.b + odd);  // right wherever nothing leaves the finite range
+  if (__builtin_expect(at_the_edge(rounded), 0)) return halves(bf16_of(x.a, even), bf16_of(x.b, odd));
+  return rounded;
+}
+
+INLINE U32 rounded_to(f16*, Part x, U32 bits) { return halves(f16_of(x.a, bits & 0xFFFFu), f16_of(x.b, bits >> 16)); }
+INLINE U32 nearest_to(bf16*, Part x) { return halves(bf16_nearest(x.a), bf16_nearest(x.b)); }
+INLINE U32 nearest_to(f16*, Part x) { return halves(f16_nearest(x.a), f16_nearest(x.b)); }
+
+template <bool PAIRS, class T>
+INLINE void store_part(T* block, int k, Part x, bool stochastic, Draws& draws) {
+  if constexpr (!PAIRS) {
+    store_lanes(block, k, x);
+  } else if constexpr (std::is_same_v<T, float>) {
+    store(block + 2 * k * WIDTH, zip_low(x.a, x.b));
+    store(block + (2 * k + 1) * WIDTH, zip_high(x.a, x.b));
+  } else {
+    store(block + 2 * k * WIDTH, stochastic ? rounded_to(block, x, draws.next()) : nearest_to(block, x));
+  }
+}
+
+}  // namespace
