@@ -142,36 +142,37 @@ class _Gate:
         exact: dict[str, Any],
     ) -> None:
         """One parameter after a step, ours (p) and the float64 one (q); ``old`` is what they had before."""
+        shape = "x".join(map(str, p.shape)) or "scalar"
         weights, momentum = old
         got, expected = p.detach().double(), q.detach()
         moved = weights - expected
         reach = moved.abs() if momentum is None else moved.abs() + momentum.abs()
         rounding = spacing(torch.maximum(got.abs(), expected.abs()), self.dtype)
         allowed = STEP * reach + spacing(expected, torch.float32) + (rounding if self.narrow else 0)
-        self._note("weights", p, step, got, expected, allowed)
+        self._note("weights", shape, step, got, expected, allowed)
         if self.narrow:
             along = moved.sign() * (got - expected) / rounding
             self.bias += float(along.sum())
             self.elements += int(moved.count_nonzero())
         for name, value in exact.items():
             if name not in state:
-                self.differences.append(Difference(f"{name} is missing", _text(p.shape), step, 0.0, 0.0, 0.0))
+                self.differences.append(Difference(f"{name} is missing", shape, step, 0.0, 0.0, 0.0))
                 continue
             mine = state[name].double()
             allowed = STATISTICS * value.double().abs() if name != "step" else torch.zeros_like(mine)
             if momentum is not None and name == "exp_avg":
                 room = spacing(torch.maximum(mine.abs(), value.abs()), state[name].dtype)
                 allowed = STEP * (value.abs() + momentum.abs()) + spacing(value, torch.float32) + room
-            self._note(name, p, step, mine, value.double(), allowed)
+            self._note(name, shape, step, mine, value.double(), allowed)
 
     def compare_bias(self) -> None:
         """The mean of all rounding errors, in spacings, along the steps."""
         if self.elements:
             limit = torch.tensor(5 / (2 * math.sqrt(self.elements)), dtype=torch.float64)
             mean = torch.tensor(self.bias / self.elements, dtype=torch.float64)
-            self._note("rounding's bias", torch.empty(0), len(RATES), mean, torch.zeros_like(mean), limit)
+            self._note("rounding's bias", "all", len(RATES), mean, torch.zeros_like(mean), limit)
 
-    def _note(self, what: str, p: Tensor, step: int, got: Tensor, expected: Tensor, allowed: Tensor) -> None:
+    def _note(self, what: str, shape: str, step: int, got: Tensor, expected: Tensor, allowed: Tensor) -> None:
         if not got.numel():
             return
         got, expected, allowed = (t.reshape(-1) for t in (got, expected.expand_as(got), allowed.expand_as(got)))
@@ -181,7 +182,7 @@ class _Gate:
         self.worst = max(self.worst, float(share[worst]))
         if share[worst] > 1:
             numbers = (float(t[worst]) for t in (got, expected, allowed))
-            self.differences.append(Difference(what, _text(p.shape), step, *numbers))
+            self.differences.append(Difference(what, shape, step, *numbers))
 
 
 def spacing(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -189,7 +190,3 @@ def spacing(x: Tensor, dtype: torch.dtype) -> Tensor:
     info = torch.finfo(dtype)
     _, exponent = torch.frexp(x.double().abs().clamp(min=info.smallest_normal))  # |x| in [0.5, 1) 2^exponent
     return info.eps * torch.exp2(exponent.double() - 1)
-
-
-def _text(shape: Sequence[int]) -> str:
-    return "x".join(map(str, shape)) or "scalar"

@@ -150,19 +150,18 @@ def milliseconds(value: float) -> str:
     return f"{value / 1e3:.2f} s" if value >= 1e4 else f"{value:.0f} ms" if value >= 100 else f"{value:.3g} ms"
 
 
-def differences(verdicts: list[Verdict]) -> Table:
+def differences(verdict: Verdict) -> Table:
     """Where ours and the float64 computation part."""
-    made = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False, collapse_padding=True)
-    for heading in ("optimizer", "dtype", "what", "shape", "step"):
-        made.add_column(heading, no_wrap=True)
-    for heading in ("got", "in float64", "differs by", "allowed"):
+    made = Table(box=SIMPLE_HEAD, header_style="bold", padding=0, show_edge=False, title_justify="left")
+    made.title = f"{verdict.title}, {verdict.dtype}, {verdict.threads} thread{'s' * (verdict.threads > 1)}"
+    made.add_column("what")
+    for heading in ("shape", "step", "got", "in float64", "differs by", "allowed"):
         made.add_column(heading, justify="right", no_wrap=True)
-    listed = [(verdict, difference) for verdict in verdicts for difference in verdict.differences]
-    for verdict, d in listed[:MOST_DIFFERENCES]:
+    for d in verdict.differences[:MOST_DIFFERENCES]:
         values = (d.got, d.expected, abs(d.got - d.expected), d.allowed)
-        made.add_row(verdict.title, verdict.dtype, d.what, d.shape, str(d.step), *(f"{v:.5g}" for v in values))
-    if len(listed) > MOST_DIFFERENCES:
-        made.add_row(f"and {len(listed) - MOST_DIFFERENCES} more")
+        made.add_row(d.what, d.shape, str(d.step), *(f"{v:.5g}" for v in values))
+    if len(verdict.differences) > MOST_DIFFERENCES:
+        made.add_row(f"and {len(verdict.differences) - MOST_DIFFERENCES} more")
     return made
 
 
@@ -198,12 +197,12 @@ def draw(cases: list[Found]) -> bytes:
     lines = -(-len(cases) // columns)
     with matplotlib.rc_context(cast(Any, STYLE)):
         tall = max((len(rows) for rows in drawn), default=1)
-        figure = Figure(figsize=(9 if columns == 1 else 13, lines * (1.5 + 0.42 * max(tall, 2))), dpi=160)
+        figure = Figure(figsize=(9 if columns == 1 else 13, lines * (1.5 + 0.42 * tall)), dpi=160)
         figure.set_layout_engine("constrained")
-        axes = figure.subplots(lines, columns, squeeze=False).flat
+        axes = list(figure.subplots(lines, columns, squeeze=False).flat)
         for ax, case, rows in zip(axes, cases, drawn, strict=False):
             _panel(ax, case, rows)
-        for ax in list(axes)[len(cases) :]:
+        for ax in axes[len(cases) :]:
             ax.set_axis_off()
         return png(figure)
 

@@ -148,9 +148,10 @@ def _gate(cases: list[Case], entries: list[Entry], console: Console) -> list[Ver
         verdicts += [check(entry, cases[0].backend, DTYPES[dtype], cases[0].device) for entry in ours]
     failed = [verdict for verdict in verdicts if verdict.differences]
     if failed:
-        console.print(report.differences(failed))
-        wrong = ", ".join(f"{verdict.title} in {verdict.dtype}" for verdict in failed)
-        raise CheckFailed(f"no times: {wrong} differs from the float64 computation as listed above")
+        for verdict in failed:
+            console.print(report.differences(verdict))
+        wrong = ", ".join(dict.fromkeys(f"{verdict.title} in {verdict.dtype}" for verdict in failed))
+        raise CheckFailed(f"no times: ours differs from the same steps in float64, as listed above ({wrong})")
     return verdicts
 
 
