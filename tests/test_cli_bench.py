@@ -76,7 +76,7 @@ def test_bench_answers_and_writes_everything(tmp_path: Path, capsys: pytest.Capt
     gate = {(v["title"], v["dtype"], v["threads"]) for v in results["gate"]}
     assert len(gate) == 2 * 2 * 2
     assert all(0 < v["worst"] <= 1 and not v["differences"] for v in results["gate"])
-    assert results["versions"]["torch"] == torch.__version__.split("+")[0] or "+" in results["versions"]["torch"]
+    assert results["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
 
     with Image.open(out / "bench.png") as picture:
         picture.load()
@@ -286,7 +286,7 @@ def test_no_times_are_printed_when_the_gate_fails(
         (["--shapes", ","], "--shapes names none"),
         (["--scale", "0"], "--scale must be above 0 and at most 1, got 0"),
         (["--scale", "nan"], "--scale must be above 0 and at most 1, got nan"),
-        (["--scale", "0.1"], "--scale 0.1 leaves none of the 2 tensors of 40x36,9; raise it"),
+        (["--scale", "0.1"], "--scale 0.1 leaves no tensor of 40x36,9, which has 2; raise it"),
         (["--dtype", "float64"], "--dtype must be out of float32, bfloat16, float16 or both, got 'float64'"),
         (["--dtype", ","], "--dtype names none"),
         (["--threads", "0"], "--threads must be numbers from 1 to 512, such as 4 or 1,2,4, got '0'"),

@@ -114,7 +114,9 @@ def notes(cases: list[Found], missing: list[str], unfinished: list[str], repeats
 def table(case: Found) -> Table:
     """One case: how slow, next to what, with how much memory."""
     made = Table(box=SIMPLE_HEAD, header_style="bold", padding=0, show_edge=False, title_justify="left")
-    made.title = f"{case['title']}: {case['parameters']:,} parameters in {case['tensors']:,} tensors"
+    made.title = (
+        f"{case['title']}: {case['parameters']:,} parameters in {case['tensors']:,} tensor{'s' * (case['tensors'] > 1)}"
+    )
     made.add_column("Optimizer\n", no_wrap=True)
     for heading in (
         "Time to\nAdamW's",

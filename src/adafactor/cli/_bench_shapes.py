@@ -39,7 +39,9 @@ class ShapeSet:
         if scale == 1:
             return self
         if keep < 1:
-            raise UserError(f"--scale {scale:g} leaves none of the {len(self.shapes)} tensors of {self.name}; raise it")
+            raise UserError(
+                f"--scale {scale:g} leaves no tensor of {self.name}, which has {len(self.shapes)}; raise it"
+            )
         by_size = sorted(range(len(self.shapes)), key=lambda i: (math.prod(self.shapes[i]), i))
         kept = sorted(by_size[int((k + 0.5) * len(by_size) / keep)] for k in range(keep))
         return ShapeSet(f"{scale:g} of {self.name}", tuple(self.shapes[i] for i in kept), scale)
