@@ -1,4 +1,4 @@
-"""The command line: ``adafactor compare``, ``train`` and ``trace``."""
+"""The command line: ``adafactor compare``, ``bench``, ``train`` and ``trace``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from adafactor.cli._errors import Interrupted, UserError
+from adafactor.cli._errors import CheckFailed, Interrupted, UserError
 
 _OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory")  # torch raises RuntimeError
 _NEEDED = ("typer", "rich", "numpy", "matplotlib", "jinja2")
@@ -16,7 +16,8 @@ _NEEDED = ("typer", "rich", "numpy", "matplotlib", "jinja2")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; the exit code.
 
-    0 is success, 2 a mistake of the user's (one line on stderr says which and how to mend it), 128 + n the signal n.
+    0 is success, 1 a check of ours that failed, 2 a mistake of the user's (one line on stderr says which and how to
+    mend it), 128 + n the signal n.
 
     Args:
         arguments: what follows ``adafactor``; None for the process's own.
@@ -30,6 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = build()(args=arguments, standalone_mode=False, prog_name="adafactor")
     except UserError as error:
         return _fail(str(error))
+    except CheckFailed as error:
+        return _fail(str(error), 1)
     except Interrupted as error:
         return _fail(str(error), error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
@@ -39,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if usage is not None:
             return _fail(usage())
         if isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(str(error)):
-            return _fail("out of memory: a smaller --width, --depth, --context or --batch-size needs less")
+            return _fail("out of memory: a smaller --width, --depth, --context or --batch-size, or --scale, needs less")
         raise
     return code if isinstance(code, int) else 0
 
@@ -49,6 +52,7 @@ def build() -> Any:
     import typer
 
     from adafactor import __version__
+    from adafactor.cli.bench import bench
     from adafactor.cli.compare import compare
     from adafactor.cli.trace import trace
     from adafactor.cli.train import train
@@ -72,7 +76,7 @@ def build() -> Any:
     ) -> None:
         pass
 
-    for command in (compare, train, trace):
+    for command in (compare, bench, train, trace):
         app.command()(command)
     return app
 

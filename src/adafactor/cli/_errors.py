@@ -1,10 +1,14 @@
-"""What ends a command early: a mistake the user can mend, or a signal."""
+"""What ends a command early: a mistake the user can mend, a failed check, or a signal."""
 
 from __future__ import annotations
 
 
 class UserError(Exception):
     """Something the user can mend. ``main`` prints the message as one line on stderr and exits with 2."""
+
+
+class CheckFailed(Exception):
+    """The package is wrong here. ``main`` prints the message as one line on stderr and exits with 1."""
 
 
 class Interrupted(Exception):

@@ -51,16 +51,13 @@ class Setup:
                 raise UserError(f"--{name.replace('_', '-')} must be from {least} to {most}, got {value}")
         if self.dtype not in DTYPES:
             raise UserError(f"--dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
-        if self.device not in ("auto", "cpu", "cuda"):
-            raise UserError(f"--device must be one of auto, cpu, cuda, got {self.device!r}")
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise UserError("--device cuda: torch sees no CUDA device here; use --device cpu")
+        device = resolved_device(self.device)
         try:
             _ = self.model
         except ValueError as error:
             raise UserError(f"--{error}") from error
         # Resolved once, so that what a checkpoint holds is what ran.
-        object.__setattr__(self, "device", self.device if self.device != "auto" else _default_device())
+        object.__setattr__(self, "device", device)
         object.__setattr__(self, "threads", self.threads or torch.get_num_threads())
 
     @property
@@ -90,8 +87,17 @@ class Setup:
         return 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / (self.steps - warmup + 1))
 
 
-def _default_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def resolved_device(device: str) -> str:
+    """``cpu`` or ``cuda``, also for ``auto``.
+
+    Raises:
+        UserError: it is none of these, or not there.
+    """
+    if device not in ("auto", "cpu", "cuda"):
+        raise UserError(f"--device must be one of auto, cpu, cuda, got {device!r}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no CUDA device here; use --device cpu")
+    return device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class Diverged(Exception):

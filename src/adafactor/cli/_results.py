@@ -150,17 +150,16 @@ def collect(
             "parameters": results[0]["parameters"],
         },
         "data": corpus.describe(),
-        "machine": machine(setup),
+        "machine": machine(setup.device),
         "command": shlex.join(["adafactor", *sys.argv[1:]]),
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
 
 
-def machine(setup: Setup) -> dict[str, Any]:
+def machine(device: str) -> dict[str, Any]:
     """What the times were measured on; no names of hosts or users."""
-    device = torch.cuda.get_device_name() if setup.device == "cuda" else _processor()
     return {
-        "device": device,
+        "device": torch.cuda.get_device_name() if device == "cuda" else _processor(),
         "cores": os.cpu_count(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
