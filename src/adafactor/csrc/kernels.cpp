@@ -248,6 +248,8 @@ void prepare(Job& job, int64_t index) {
   }
   const bool pairs = in_pairs(task);
   for (int64_t j = 0; j < width; ++j) b[pairs ? paired(j) : j] = inverse[j];
+  if (chunk.end == task.cols)  // beyond the last column nothing moves
+    for (int64_t j = width; j < job.padded - chunk.begin; ++j) b[pairs ? paired(j) : j] = 0;
   double sum[8] = {};
   for (int64_t j = 0; j < width; ++j) sum[j % 8] += ratio[j];
   job.chunk_sq[index] = ((sum[0] + sum[4]) + (sum[2] + sum[6])) + ((sum[1] + sum[5]) + (sum[3] + sum[7]));
