@@ -23,7 +23,8 @@ LADDER = {
     "_rounding": set(),
     "_state": {"_hyper", "_plan"},
     "_reports": {"_plan", "backends"},
-    "backends": {"_hyper", "_plan", "backends.reference"},  # the choice is made when it is asked for
+    "backends": {"_hyper", "_plan", "backends.cpu", "backends.reference"},  # the choice is made when it is asked for
+    "backends.cpu": {"_hyper", "_plan", "backends"},
     "backends.reference": {"_plan", "_rounding", "_schedule", "backends"},
     "_optimizer": {"_hyper", "_schedule", "_plan", "_rounding", "_state", "_reports", "backends"},
     "memory": {"_hyper", "_plan"},

@@ -447,7 +447,6 @@ def test_contradictions_are_refused_with_the_fix(maker: str, kwargs: dict[str, A
         ({"weight_bits": 24}, "weight_bits=24"),
         ({"weight_bits": 32}, "weight_bits=32"),
         ({"beta1": 0.9, "momentum_dtype": torch.int8}, "int8"),
-        ({"backend": "cpu"}, "cpu"),
         ({"backend": "triton"}, "triton"),
     ],
     ids=str,

@@ -12,6 +12,7 @@ import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -67,7 +68,11 @@ class Hyper:
     @classmethod
     def of(cls, group: Mapping[str, Any]) -> Hyper:
         """The hyperparameters of a resolved param group."""
-        return cls(**{name: group[name] for name in _NAMES})
+        values = tuple(group[name] for name in _NAMES)
+        try:
+            return _hyper(*values)
+        except TypeError:  # a value that cannot be hashed: a list, say
+            return cls(*values)
 
     @property
     def momentum(self) -> bool:
@@ -118,6 +123,7 @@ class Hyper:
 
 
 _NAMES = tuple(field.name for field in fields(Hyper))
+_hyper = lru_cache(maxsize=1024, typed=True)(Hyper)  # every step asks for every group's
 
 # What Adafactor's arguments are before `resolve`: lr decides about scale_parameter and relative_step.
 DEFAULTS: dict[str, Any] = {

@@ -19,7 +19,7 @@ from adafactor._plan import TensorPlan, View, check_parameter, resolve_factor, t
 from adafactor._reports import Diagnostics, Explanation, diagnostics_of, explanation_of
 from adafactor._rounding import stream_key
 from adafactor._schedule import exact, rho_at
-from adafactor.backends import Backend, Choice, Report, Streams, Task, Written, check_available, reference, select
+from adafactor.backends import Backend, Choice, Report, Streams, Task, Kept, check_available, select, serving
 
 
 class Adafactor(Optimizer):
@@ -62,10 +62,11 @@ class Adafactor(Optimizer):
         rounding: "stochastic" or "nearest", for 16-bit weights and momentum (default: "stochastic")
         weight_bits: not built yet (default: None)
         seed: of the stochastic rounding (default: 0)
-        backend: "auto" or "reference" (default: "auto"); `explain()` says what was chosen
+        backend: "auto", "reference" or "cpu" (default: "auto"); `explain()` says which one serves each parameter, and why
 
     Raises:
-        ValueError: for a value out of range, or two arguments that contradict each other; the message says the fix.
+        ValueError: for a value out of range, two arguments that contradict each other, or a backend that cannot serve a
+            parameter; the message says the fix.
 
     Example:
         >>> import torch, adafactor
@@ -208,7 +209,7 @@ class Adafactor(Optimizer):
         """
         self._rebuild()
         return explanation_of(
-            (slot.plan, p in self.state, slot.served or slot.choice) for p, slot in self._slots.items()
+            (slot.plan, p in self.state, slot.served) for p, slot in self._slots.items()
         )
 
     def diagnostics(self) -> dict[str, Diagnostics]:
@@ -232,34 +233,30 @@ class Adafactor(Optimizer):
     # The step
 
     def _update(self) -> None:
-        tasks: dict[tuple[str, torch.device], tuple[Backend, list[Task]]] = {}
+        batches: dict[str, tuple[Backend, list[Task]]] = {}
         updated: list[dict[str, Any]] = []
         for group in self.param_groups:
             hyper = Hyper.of(group)
             lr = self._lr(group, hyper)
             for p in dict.fromkeys(group["params"]):
-                if p.grad is None:
+                g = p.grad
+                if g is None:
                     continue
                 slot = self._slot(p, hyper)
-                _check_gradient(slot.plan.name, p.grad)
-                task = Task(
-                    slot.plan, hyper, p, p.grad, self.state[p], lr, slot.streams, slot.report, slot.written
-                )
-                backend = self._serving(slot, task)
-                tasks.setdefault((backend.name, p.device), (backend, []))[1].append(task)
+                _check_gradient(slot.plan.name, g)
+                task = Task(slot.plan, hyper, p, g, self.state[p], lr, slot.streams, slot.report, slot.kept)
+                slot.served = serving(slot.choice, task)
+                backend = slot.served.backend
+                if backend.name not in batches:
+                    batches[backend.name] = backend, []
+                batches[backend.name][1].append(task)
                 if not updated or updated[-1] is not group:
                     updated.append(group)
-        for backend, batch in tasks.values():
+        for backend, batch in batches.values():
             # On one device the local sums are the global sums; sharded, they will cross the mesh between its two halves.
             backend.step(batch)
         for group in updated:
             self._show_lr(group, group["updates"] + 1)
-
-    def _serving(self, slot: _Slot, task: Task) -> Backend:
-        """The backend that takes this task: the reference where the chosen one cannot, as `explain()` then shows."""
-        refusal = slot.choice.backend.refuses(task)
-        slot.served = Choice(reference, refusal) if refusal else slot.choice
-        return slot.served.backend
 
     def _show_lr(self, group: dict[str, Any], updates: int) -> None:
         group["updates"] = updates
@@ -300,9 +297,12 @@ class Adafactor(Optimizer):
 
     def _slot(self, p: Tensor, hyper: Hyper) -> _Slot:
         """The plan of a parameter, with its state allocated; rebuilt when the parameter or its group has changed."""
-        slot, state = self._slots.get(p), self.state.get(p, {})
-        if slot and slot.key == _key(p, hyper) and slot.names <= state.keys() and state["step"].device == p.device:
-            return slot
+        slot, state = self._slots.get(p), self.state.get(p)
+        if slot and state and slot.names <= state.keys() and state["step"].device == p.device:
+            same = hyper is slot.hyper and (p.shape, p.dtype, p.is_contiguous()) == slot.key[:3]
+            if same or slot.key == _key(p, hyper):
+                slot.hyper = hyper
+                return slot
         self._rebuild()
         return self._slots[p]
 
@@ -342,7 +342,8 @@ class Adafactor(Optimizer):
             report = Report.of(plan, p.device)
         streams = Streams(stream_key(hyper.seed, name), stream_key(hyper.seed, f"{name}/exp_avg"))
         names = frozenset(spec.name for spec in plan.state)
-        return _Slot(_key(p, hyper), plan, names, streams, report, Written(), select(self._backend, plan, p))
+        choice = select(self._backend, plan, p)
+        return _Slot(_key(p, hyper), hyper, plan, names, streams, report, Kept(), choice, served=choice)
 
     def _forget_removed(self) -> None:
         """Drop the state of parameters that are no longer in any group: they were swapped for others."""
@@ -368,13 +369,14 @@ class Adafactor(Optimizer):
 @dataclass(slots=True)
 class _Slot:
     key: tuple
+    hyper: Hyper  # at the last step
     plan: TensorPlan
     names: frozenset[str]  # of the state tensors
     streams: Streams
     report: Report
-    written: Written
+    kept: Kept
     choice: Choice
-    served: Choice | None = None  # by which backend, at the last step
+    served: Choice  # the choice, or what took its place at the last step
 
 
 def _key(p: Tensor, hyper: Hyper) -> tuple:
@@ -394,7 +396,7 @@ def _shapes(named: Iterable[tuple[int, str, Tensor]]) -> list[tuple[str, tuple[i
 
 
 def _check_gradient(name: str, gradient: Tensor) -> None:
-    if gradient.is_sparse or gradient.layout != torch.strided:
+    if gradient.layout != torch.strided:
         raise ValueError(
             f"the gradient of parameter {name!r} is sparse, which Adafactor does not take yet; "
             "build the embedding with sparse=False"

@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -91,7 +91,7 @@ class TensorPlan:
         """The parameter's axes in the order batch, rows, columns."""
         return self.view.order if self.view else tuple(range(len(self.shape)))
 
-    @property
+    @cached_property
     def dims(self) -> tuple[int, int, int]:
         """(matrices, rows, columns); a tensor that keeps the full V counts as one row."""
         if self.view is None:

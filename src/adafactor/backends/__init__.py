@@ -36,7 +36,7 @@ class Task:
         lr: the group's lr, or None for the paper's relative step.
         streams: the words for stochastic rounding, of the weights and of their momentum.
         report: counters on the device, which apply advances.
-        written: what the last write of p left behind, where the step is scaled by RMS(p).
+        kept: what the backend keeps from step to step.
         sums: the tensors of `plan.sums`; sweep adds to them.
         rows: what sweep keeps for apply without committing it: the new R.  # [matrices, rows]
         t, beta2: of this update; sweep may note them for apply.
@@ -50,7 +50,7 @@ class Task:
     lr: float | Tensor | None
     streams: Streams
     report: Report
-    written: Written
+    kept: Kept
     sums: dict[str, Tensor] = field(default_factory=dict)
     rows: Tensor | None = None
     t: Any = None  # a float, or a 0-d tensor where reading its value would wait for the device
@@ -82,18 +82,20 @@ class Report:
 
 
 @dataclass(slots=True)
-class Written:
-    """The sum of p^2 that a backend's last write of p left, which holds while nobody else writes to p.
+class Kept:
+    """What a backend keeps of a parameter from step to step, and may lose at any time.
 
     Attributes:
-        param_sq: [matrices], or None before the first write.
+        param_sq: the sum of p^2 that its last write of p left, which holds while nobody else writes to p.  # [matrices]
         mark: p's address and version then.
         trusted: False once p was changed behind autograd's back, which leaves no mark.
+        prepared: the backend's own.
     """
 
     param_sq: Tensor | None = None
     mark: tuple[int, int] | None = None
     trusted: bool = True
+    prepared: Any = None
 
 
 class Backend(Protocol):
@@ -148,11 +150,21 @@ def select(requested: str, plan: TensorPlan, p: Tensor) -> Choice:
     return Choice(reference, refusal)
 
 
+def serving(choice: Choice, task: Task) -> Choice:
+    """The choice, or the reference where it cannot take this task, and why."""
+    refusal = choice.backend.refuses(task)
+    if refusal is None:
+        return choice
+    from adafactor.backends import reference
+
+    return Choice(reference, refusal)
+
+
 def allocate_sums(tasks: Sequence[Task]) -> None:
-    """One flat buffer per dtype for the partial sums of all parameters, so that they can cross a mesh together."""
-    for dtype in {task.plan.compute_dtype for task in tasks}:
-        batch = [task for task in tasks if task.plan.compute_dtype == dtype]
+    """A flat buffer per dtype and device for the partial sums of all parameters, so that they can cross a mesh together."""
+    for dtype, device in {(task.plan.compute_dtype, task.p.device) for task in tasks}:
+        batch = [task for task in tasks if task.plan.compute_dtype == dtype and task.p.device == device]
         sizes = [spec.numel for task in batch for spec in task.plan.sums]
-        views = iter(torch.zeros(sum(sizes), dtype=dtype, device=batch[0].p.device).split(sizes))
+        views = iter(torch.zeros(sum(sizes), dtype=dtype, device=device).split(sizes))
         for task in batch:
             task.sums = {spec.name: next(views).view(spec.shape) for spec in task.plan.sums}

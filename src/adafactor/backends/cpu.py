@@ -18,15 +18,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from adafactor._hyper import Hyper, caller_level, dtype_of
+from adafactor._hyper import Hyper, caller_level, dtype_name, dtype_of
 from adafactor._plan import TensorPlan
-from adafactor.backends import Task, Written
+from adafactor.backends import Task
 
 name = "cpu"
 
-_TASK = struct.Struct("11q 9q 7q 9d 4i")
+_NOW = struct.Struct("4q d")  # the part of a task that changes from step to step
 _KNOWN = struct.Struct("q")  # in: param_sq holds; out: _CHANGED where p had been changed nevertheless
-_KNOWN_AT, _CHANGED = 10 * 8, 2
+_KNOWN_AT, _CHANGED = 3 * 8, 2
+_PREPARED = struct.Struct("7q 9q 7q 8d 4i")
+_TASK_BYTES = _NOW.size + _PREPARED.size
 _SWEEP, _APPLY = 1, 2
 _FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, None: 3}
 _MIXTURES = {  # of weights and gradients
@@ -57,7 +59,7 @@ def _library() -> _Library:
         return _Library(None, (), f"the CPU kernels do not load: {error}")
     for function in (functions.adafactor_task_bytes, functions.adafactor_workspace):
         function.restype = ctypes.c_int64
-    if functions.adafactor_task_bytes() != _TASK.size:
+    if functions.adafactor_task_bytes() != _TASK_BYTES:
         return _Library(None, (), "the CPU kernels belong to another version of adafactor; install it again")
     functions.adafactor_run.restype = None
     functions.adafactor_instruction_set.restype = ctypes.c_char_p
@@ -96,16 +98,29 @@ def refuses_parameter(plan: TensorPlan, p: Tensor) -> str | None:
 
 def refuses(task: Task) -> str | None:
     """Why the kernels cannot take this task, or None: its gradient, or tensors that were exchanged by hand."""
+    g, prepared = task.g, task.kept.prepared
+    if prepared is None or not prepared.holds(task):
+        refusal = _refuses_tensors(task)
+        if refusal:
+            return refusal
+        task.kept.prepared = _prepare(task)
+    return None if g.is_contiguous() and not g.is_neg() else "its gradient is not contiguous"
+
+
+def _refuses_tensors(task: Task) -> str | None:
     p, g = task.p, task.g
-    if not g.is_contiguous() or g.is_neg():
-        return "its gradient is not contiguous"
     if (p.dtype, g.dtype) not in _MIXTURES:
-        return f"no CPU kernels for weights in {task.plan.dtype} with gradients in {str(g.dtype).removeprefix('torch.')}"
-    if g.numel() != p.numel() or g.device != p.device:
+        return f"no CPU kernels for weights in {dtype_name(p.dtype)} with gradients in {dtype_name(g.dtype)}"
+    if g.shape != p.shape or g.device != p.device:
         return "its gradient does not fit"
     for spec in task.plan.state:
         tensor = task.state[spec.name]
-        if tensor.numel() != spec.numel or tensor.dtype != dtype_of(spec.dtype) or not tensor.is_contiguous():
+        if (
+            tensor.shape != spec.shape
+            or tensor.dtype != dtype_of(spec.dtype)
+            or tensor.device != p.device
+            or not tensor.is_contiguous()
+        ):
             return f"its {spec.name} is not as planned"
     return None
 
@@ -128,9 +143,9 @@ def apply(tasks: Sequence[Task]) -> None:
 
 def _run(tasks: Sequence[Task], phases: int, instructions: int = 0) -> None:
     functions, count, threads = _library().functions, len(tasks), torch.get_num_threads()
-    table = bytearray(count * _TASK.size)
+    table = bytearray(count * _TASK_BYTES)
     for index, task in enumerate(tasks):
-        _pack(table, index * _TASK.size, task)
+        _pack(table, index * _TASK_BYTES, task)
     address = ctypes.addressof(ctypes.c_char.from_buffer(table))
     sizes = ctypes.c_void_p(address), ctypes.c_int64(count), ctypes.c_int64(phases)
     workspace = torch.empty(functions.adafactor_workspace(*sizes, ctypes.c_int64(threads)), dtype=torch.uint8)
@@ -140,41 +155,69 @@ def _run(tasks: Sequence[Task], phases: int, instructions: int = 0) -> None:
         _after_write(tasks, table)
 
 
-def _pack(table: bytearray, at: int, task: Task) -> None:
-    state, sums, written = task.state, task.sums, task.written
-    momentum = state.get("exp_avg")
-    factored = task.plan.factored
-    geometry, modes = _geometry(task.plan), _modes(task.hyper)
-    known = 0
-    if task.hyper.scale_parameter:
-        if written.param_sq is None:
-            written.param_sq = torch.empty(task.plan.dims[0], dtype=torch.float32)
-        known = written.trusted and written.mark == _mark(task.p)
-    _TASK.pack_into(
-        table,
-        at,
-        task.p.data_ptr(),
-        task.g.data_ptr(),
-        0 if momentum is None else momentum.data_ptr(),
-        state["exp_avg_sq_row" if factored else "exp_avg_sq"].data_ptr(),
-        state["exp_avg_sq_col"].data_ptr() if factored else 0,
-        state["step"].data_ptr(),
-        task.report.values.data_ptr(),
-        0 if not task.hyper.scale_parameter else written.param_sq.data_ptr(),
-        sums["grad_sq"].data_ptr() if sums else 0,
-        0 if task.rows is None else task.rows.data_ptr(),
-        known,
-        *geometry,
-        _FORMATS[task.p.dtype],
+class _Prepared(NamedTuple):
+    """The part of a task that stays the same, and what must be as it was for that."""
+
+    hyper: Hyper
+    address: int  # of p
+    gradient: tuple[torch.Size, torch.dtype]
+    state: list[tuple[str, Tensor, int]]  # and each tensor's address
+    packed: bytes
+
+    def holds(self, task: Task) -> bool:
+        g, state = task.g, task.state
+        if task.hyper is not self.hyper or task.p.data_ptr() != self.address or (g.shape, g.dtype) != self.gradient:
+            return False
+        for name, tensor, address in self.state:
+            if state[name] is not tensor or tensor.data_ptr() != address:
+                return False
+        return True
+
+
+def _prepare(task: Task) -> _Prepared:
+    plan, hyper, p, kept = task.plan, task.hyper, task.p, task.kept
+    tensors = {spec.name: task.state[spec.name] for spec in plan.state}
+    if hyper.scale_parameter and kept.param_sq is None:
+        kept.param_sq = torch.empty(plan.dims[0], dtype=torch.float32)
+    momentum = tensors.get("exp_avg")
+    places = (
+        p,
+        momentum,
+        tensors["exp_avg_sq_row" if plan.factored else "exp_avg_sq"],
+        tensors.get("exp_avg_sq_col"),
+        tensors["step"],
+        task.report.values,
+        kept.param_sq if hyper.scale_parameter else None,
+    )
+    packed = _PREPARED.pack(
+        *(0 if tensor is None else tensor.data_ptr() for tensor in places),
+        *_geometry(plan),
+        _FORMATS[p.dtype],
         _FORMATS[task.g.dtype],
         _FORMATS[None if momentum is None else momentum.dtype],
-        factored,
-        task.plan.shared_rms,
-        *modes,
-        math.nan if task.lr is None else float(task.lr),
+        plan.factored,
+        plan.shared_rms,
+        *_modes(hyper),
         *task.streams.weights,
         *task.streams.momentum,
     )
+    state = [(name, tensor, tensor.data_ptr()) for name, tensor in tensors.items()]
+    return _Prepared(hyper, p.data_ptr(), (task.g.shape, task.g.dtype), state, packed)
+
+
+def _pack(table: bytearray, at: int, task: Task) -> None:
+    kept = task.kept
+    known = kept.mark is not None and kept.trusted and task.hyper.scale_parameter and kept.mark == _mark(task.p)
+    _NOW.pack_into(
+        table,
+        at,
+        task.g.data_ptr(),
+        task.sums["grad_sq"].data_ptr() if task.sums else 0,
+        0 if task.rows is None else task.rows.data_ptr(),
+        known,
+        math.nan if task.lr is None else float(task.lr),
+    )
+    table[at + _NOW.size : at + _TASK_BYTES] = kept.prepared.packed
 
 
 def _geometry(plan: TensorPlan) -> tuple[int, int, int, int]:
@@ -212,20 +255,19 @@ def _mark(p: Tensor) -> tuple[int, int] | None:
 def _after_write(tasks: Sequence[Task], table: bytearray) -> None:
     """Autograd learns that the weights have changed; RMS(p) is known until somebody else changes them."""
     torch.autograd.graph.increment_version([task.p for task in tasks if not task.p.is_inference()])
+    changed = []
     for index, task in enumerate(tasks):
         if not task.hyper.scale_parameter:
             continue
-        written = task.written
-        written.mark = _mark(task.p)
-        if _KNOWN.unpack_from(table, index * _TASK.size + _KNOWN_AT)[0] == _CHANGED:
-            _distrust(task.plan.name, written)
-
-
-def _distrust(parameter: str, written: Written) -> None:
-    written.trusted = False
-    warnings.warn(
-        f"parameter {parameter!r} was changed between two steps in a way that autograd cannot see (through .data or "
-        "another library), so its last step was scaled by the RMS it had before; from now on its RMS is computed anew in "
-        "every step. Change weights under torch.no_grad() to keep the faster way.",
-        stacklevel=caller_level(),
-    )
+        task.kept.mark = _mark(task.p)
+        if _KNOWN.unpack_from(table, index * _TASK_BYTES + _KNOWN_AT)[0] == _CHANGED:
+            task.kept.trusted = False
+            changed.append(task.plan.name)
+    if changed:
+        others = f" and {len(changed) - 1:,} others" if len(changed) > 1 else ""
+        warnings.warn(
+            f"parameter {changed[0]!r}{others} changed between two steps in a way that autograd does not see (through "
+            ".data, or by another optimizer), so the last step was scaled by the RMS from before; from now on their RMS is "
+            "computed anew in every step. Change weights in place under torch.no_grad() to keep the faster way.",
+            stacklevel=caller_level(),
+        )

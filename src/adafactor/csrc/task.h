@@ -8,17 +8,20 @@ enum Decay : int64_t { LR, SCALED_LR, INDEPENDENT, LR_SQUARED };
 
 // One parameter, contiguous, seen as [matrices, rows, cols]; a full V is one row. backends/cpu.py packs this.
 struct Task {
-  void* p;
+  // What changes from step to step.
   const void* g;
+  float* sums;    // between a sweep and an apply that are called apart: the plan's sums, in the plan's order
+  float* new_r;   // and the new R
+  int64_t known;  // in: whether param_sq holds; out: 2 where somebody had changed p nevertheless
+  double lr;      // NaN: the paper's
+
+  void* p;
   void* m;          // momentum, or null
   float* r;         // R, [matrices, rows]; without factoring V, [cols]
   float* c;         // C, [matrices, cols]
   float* step;      // []
   float* report;    // updates, clipped, skipped; then RMS(U) and alpha, [matrices] each
   float* param_sq;  // sum of p^2, [matrices], as the last write left it; null where the step is not scaled by RMS(p)
-  float* sums;      // between a sweep and an apply that are called apart: the plan's sums, in the plan's order
-  float* new_r;     // and the new R
-  int64_t known;    // in: whether param_sq holds; out: 2 where somebody had changed p nevertheless
 
   int64_t matrices, rows, cols;
   int64_t first;  // what stochastic rounding counts as the index of the first element
@@ -27,7 +30,6 @@ struct Task {
 
   int64_t relative_step, warmup_init, scaled_momentum, nesterov, maximize, decay, stochastic;
   double eps1, eps2, clip_threshold, decay_rate, beta1, beta2, beta2_cap, weight_decay;  // NaN: None
-  double lr;                                                                             // NaN: the paper's
   int32_t weights_stream[2], momentum_stream[2];
 };
 
