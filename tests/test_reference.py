@@ -26,6 +26,7 @@ from _cases import (
     assert_agrees_in_float64,
     assert_close,
     assert_same_bits,
+    float32_bounds,
     lr_at,
     oracle_hyper,
     oracle_view,
@@ -42,7 +43,6 @@ from _cases import (
 from adafactor import Adafactor
 from adafactor.backends import cpu, reference
 from adafactor.memory import peak_allocated
-from oracle import State
 
 # Two modes on every shape, other views wherever there are any, and every mode on a few shapes.
 CASES = [(shape, mode) for shape in SHAPES for mode in ("paper", "momentum")]
@@ -132,60 +132,6 @@ def test_gradients_are_not_written_to(shape: Shape, dtype: torch.dtype):
         walk(p0, grads, **MODES[mode])
         for g, before in zip(grads, kept, strict=True):
             assert_same_bits({"g": g}, {"g": before}, mode)
-
-
-def float32_bounds(
-    p0: Tensor, kwargs: dict[str, Any], states: list[State], constant_lr: bool = False
-) -> list[dict[str, Any]]:
-    """How far float32 may be from the oracle, to first order in u = 2^-24, by counting roundings.
-
-    torch adds in a cascade of four levels of at most 16 additions each for up to 2^16 terms, in at most 32 lanes, which
-    5 more additions join: D <= 69 roundings per term, and never more than there are terms. Blocks are joined one by
-    one. All terms are positive (g^2, R, g^2 / R), so relative errors do not grow when they are added.
-
-        statistic     s = D + blocks + 4, and 3 per step         square, mean, eps1; times 1 - beta2, times beta2, plus
-        mean(R)       s + D + blocks + 1
-        U             s + (D + blocks) / 2 + s / 2 + 8           half of mean(R), of R_i, of C_j; roots, products
-        RMS(U)        s + (D + blocks) + s / 2 + D / 2 + 10      half of s_j, of mean(R), of C_j and of their mean
-        alpha         D / 2 + blocks / 2 + 4, and 3 per step     half of the sum of p^2, and the error of p itself
-
-    A step of p is a product of the last three; momentum averages such products, so its error is at most that share of
-    the average of their sizes. p itself is rounded once per step, three times with weight decay.
-    """
-    u, hyper = 2.0**-24, oracle_hyper(kwargs)
-    blocks = 1 + 2 * (p0.numel() // reference.BLOCK)
-    D = min(max(p0.numel(), 1), 69)
-    T = len(states)
-    s = D + blocks + 4 + 3 * T
-    count = (1.5 * s + (D + blocks) / 2 + 8) + (1.5 * s + D + blocks + D / 2 + 10) + (D + blocks) / 2 + 4 + 3 * T + 4
-    mean_size = np.zeros(p0.shape)
-    allowed = np.zeros(p0.shape)
-    bounds = []
-    for index, state in enumerate(states):
-        assert state.U is not None
-        assert state.alpha is not None
-        assert state.rho is not None
-        alpha = float(np.max(state.alpha, initial=0.0))
-        size = np.abs(state.U) * (alpha if hyper.momentum_mode == "scaled" else 1)
-        step = size
-        if hyper.beta1:
-            mean_size = hyper.beta1 * mean_size + (1 - hyper.beta1) * size
-            step = hyper.beta1 * mean_size + (1 - hyper.beta1) * size if hyper.nesterov else mean_size
-        step = step * (1 if hyper.momentum_mode == "scaled" else alpha)
-        lr = state.rho if hyper.lr is None else hyper.lr * (1.0 if constant_lr else LR_COURSE[index])
-        decay = {"lr": lr, "scaled_lr": alpha, "independent": 1.0, "lr_squared": state.rho**2}
-        decayed = hyper.wd * decay[hyper.weight_decay_mode] * np.abs(state.p)
-        allowed = allowed + u * (count * (step + decayed) + (3 if hyper.wd else 1) * np.abs(state.p))
-        bounds.append(
-            {
-                "p": allowed,
-                "M": count * u * mean_size,
-                "R": None if state.R is None else s * u * state.R,
-                "C": None if state.C is None else s * u * state.C,
-                "V": None if state.V is None else s * u * state.V,
-            }
-        )
-    return bounds
 
 
 # 16-bit weights and momentum

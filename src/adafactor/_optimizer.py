@@ -19,7 +19,7 @@ from adafactor._plan import TensorPlan, View, check_parameter, resolve_factor, t
 from adafactor._reports import Diagnostics, Explanation, diagnostics_of, explanation_of
 from adafactor._rounding import stream_key
 from adafactor._schedule import exact, rho_at
-from adafactor.backends import Backend, Choice, Report, Streams, Task, Kept, check_available, select, serving
+from adafactor.backends import Backend, Choice, Kept, Report, Streams, Task, check_available, select, serving
 
 
 class Adafactor(Optimizer):
@@ -62,7 +62,8 @@ class Adafactor(Optimizer):
         rounding: "stochastic" or "nearest", for 16-bit weights and momentum (default: "stochastic")
         weight_bits: not built yet (default: None)
         seed: of the stochastic rounding (default: 0)
-        backend: "auto", "reference" or "cpu" (default: "auto"); `explain()` says which one serves each parameter, and why
+        backend: "auto", "reference" or "cpu" (default: "auto"); `explain()` says which
+            one serves each parameter, and why
 
     Raises:
         ValueError: for a value out of range, two arguments that contradict each other, or a backend that cannot serve a
@@ -208,9 +209,7 @@ class Adafactor(Optimizer):
         `print(optimizer.explain())` shows a table.
         """
         self._rebuild()
-        return explanation_of(
-            (slot.plan, p in self.state, slot.served) for p, slot in self._slots.items()
-        )
+        return explanation_of((slot.plan, p in self.state, slot.served) for p, slot in self._slots.items())
 
     def diagnostics(self) -> dict[str, Diagnostics]:
         """Per parameter: updates, RMS(U), share of clipped updates, step size, skipped gradients. Waits for the device.
@@ -253,7 +252,7 @@ class Adafactor(Optimizer):
                 if not updated or updated[-1] is not group:
                     updated.append(group)
         for backend, batch in batches.values():
-            # On one device the local sums are the global sums; sharded, they will cross the mesh between its two halves.
+            # On one device the local sums are the global sums; sharded, they will cross the mesh in between.
             backend.step(batch)
         for group in updated:
             self._show_lr(group, group["updates"] + 1)
@@ -342,8 +341,10 @@ class Adafactor(Optimizer):
             report = Report.of(plan, p.device)
         streams = Streams(stream_key(hyper.seed, name), stream_key(hyper.seed, f"{name}/exp_avg"))
         names = frozenset(spec.name for spec in plan.state)
-        choice = select(self._backend, plan, p)
-        return _Slot(_key(p, hyper), hyper, plan, names, streams, report, Kept(), choice, served=choice)
+        key, choice = _key(p, hyper), select(self._backend, plan, p)
+        same = old is not None and old.key == key and old.choice == choice
+        kept, served = (old.kept, old.served) if same else (Kept(), choice)
+        return _Slot(key, hyper, plan, names, streams, report, kept, choice, served)
 
     def _forget_removed(self) -> None:
         """Drop the state of parameters that are no longer in any group: they were swapped for others."""

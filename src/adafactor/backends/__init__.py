@@ -161,7 +161,7 @@ def serving(choice: Choice, task: Task) -> Choice:
 
 
 def allocate_sums(tasks: Sequence[Task]) -> None:
-    """A flat buffer per dtype and device for the partial sums of all parameters, so that they can cross a mesh together."""
+    """A flat buffer per dtype and device for the partial sums of all parameters: they can cross a mesh together."""
     for dtype, device in {(task.plan.compute_dtype, task.p.device) for task in tasks}:
         batch = [task for task in tasks if task.plan.compute_dtype == dtype and task.p.device == device]
         sizes = [spec.numel for task in batch for spec in task.plan.sums]

@@ -99,10 +99,19 @@ void add_columns(const G* g, int64_t cols, const float* inverse, float* col_sq, 
     }
     EACH_PART(k) {
       Part sq = load_lanes(col_sq + j, k), ratio = load_lanes(col_ratio + j, k);
-      _Pragma("GCC unroll 8") for (int i = 0; i < ROWS; ++i) {
-        const Part x = load_part<PAIRS>(block + i * stride, k), x2 = x * x;
-        sq = sq + x2;
-        ratio = ratio + x2 * all(inverse[i]);
+      Part squares[ROWS], ratios[ROWS];
+      _Pragma("GCC unroll 4") for (int i = 0; i < ROWS; ++i) {
+        const Part x = load_part<PAIRS>(block + i * stride, k);
+        squares[i] = x * x;
+        ratios[i] = squares[i] * all(inverse[i]);
+      }
+      if constexpr (ROWS == 4) {  // short chains: faster, and closer to the sum
+        sq = sq + ((squares[0] + squares[1]) + (squares[2] + squares[3]));
+        ratio = ratio + ((ratios[0] + ratios[1]) + (ratios[2] + ratios[3]));
+      } else {
+        static_assert(ROWS == 1);
+        sq = sq + squares[0];
+        ratio = ratio + ratios[0];
       }
       store_lanes(col_sq + j, k, sq);
       store_lanes(col_ratio + j, k, ratio);

@@ -26,7 +26,8 @@ extern const Kernels avx2, avx512;
 namespace {
 
 constexpr int64_t BLOCK = 32;
-constexpr int64_t STRIP = 1 << 16;         // elements in a strip, about
+constexpr int64_t STRIP = 1 << 16;         // elements in a strip, at most, while there is room for its column sums
+constexpr int64_t STRIP_ROWS = 256;        // and rows: that many go into a sum in float before it goes on in double
 constexpr int64_t PARTIALS = 2 << 20;      // bytes of column sums that strips may leave, beyond FEW_STRIPS
 constexpr int64_t FEW_STRIPS = 4;          // strips that a matrix may always have
 constexpr int64_t SMALL = 1 << 17;         // elements that one thread does alone in any case
@@ -46,8 +47,8 @@ Job cut(Task& task) {
     job.padded = ceil_div(task.cols, BLOCK) * BLOCK;
     const int64_t bytes = 8 * job.padded * task.matrices;
     const int64_t most = PARTIALS / bytes > FEW_STRIPS ? PARTIALS / bytes : FEW_STRIPS;
-    int64_t strips = ceil_div(task.rows * task.cols, STRIP);
-    if (strips > most) strips = most;
+    const int64_t strips =
+        std::min(most, std::max(ceil_div(task.rows * task.cols, STRIP), ceil_div(task.rows, STRIP_ROWS)));
     job.strip_rows = ceil_div(ceil_div(task.rows, strips), 8) * 8;
     job.strips_each = ceil_div(task.rows, job.strip_rows);
     job.chunks_each = ceil_div(task.cols, CHUNK);
