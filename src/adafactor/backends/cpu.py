@@ -267,7 +267,7 @@ def _after_write(tasks: Sequence[Task], table: bytearray) -> None:
         others = f" and {len(changed) - 1:,} others" if len(changed) > 1 else ""
         warnings.warn(
             f"parameter {changed[0]!r}{others} changed between two steps in a way that autograd does not see (through "
-            ".data, or by another fused optimizer), so the last step was scaled by the RMS from before; from now on that "
-            "RMS is computed anew in every step. Change weights in place under torch.no_grad() to keep the faster way.",
+            ".data, or by another fused optimizer), so the last step was scaled by the RMS from before; from now on it "
+            "is computed anew in every step. Change weights in place under torch.no_grad() to keep the faster way.",
             stacklevel=caller_level(),
         )
