@@ -342,7 +342,7 @@ class Adafactor(Optimizer):
         streams = Streams(stream_key(hyper.seed, name), stream_key(hyper.seed, f"{name}/exp_avg"))
         names = frozenset(spec.name for spec in plan.state)
         key, choice = _key(p, hyper), select(self._backend, plan, p)
-        same = old is not None and old.key == key and old.choice == choice
+        same = old is not None and (old.key, old.plan, old.choice) == (key, plan, choice) and old.report is report
         kept, served = (old.kept, old.served) if same else (Kept(), choice)
         return _Slot(key, hyper, plan, names, streams, report, kept, choice, served)
 
