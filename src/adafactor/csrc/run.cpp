@@ -114,7 +114,9 @@ int64_t scratch_alone(const Job& job, int64_t phases) {
 // The schedule: _schedule.py
 
 void schedule(Job& job) {
-  const Task& task = *job.task;
+  Task& task = *job.task;
+  for (int64_t k = 0; k < task.matrices && task.known; ++k)
+    if (!std::isfinite(task.param_sq[k])) task.known = 0;  // no step follows from it, so none could find it outdated
   const double t = (double)*task.step + 1;
   if (!std::isnan(task.beta2)) {
     job.beta2 = task.beta2 * (1 - std::pow(task.beta2, t - 1)) / (1 - std::pow(task.beta2, t));
