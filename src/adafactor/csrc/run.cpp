@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstddef>
 #include <cstring>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -371,7 +372,11 @@ void in_parallel(int64_t threads, Run& run) {
   if (openmp && threads > 1) return openmp(work, &run, (unsigned)threads, 0);
 #endif
   std::vector<std::thread> others;
-  for (int64_t i = 1; i < threads; ++i) others.emplace_back(work, &run);
+  others.reserve(threads);
+  try {
+    while ((int64_t)others.size() + 1 < threads) others.emplace_back(work, &run);
+  } catch (const std::system_error&) {  // fewer do as well
+  }
   work(&run);
   for (auto& other : others) other.join();
 }
