@@ -344,7 +344,7 @@ class Adafactor(Optimizer):
         streams = Streams(stream_key(hyper.seed, name), stream_key(hyper.seed, f"{name}/exp_avg"))
         names = frozenset(spec.name for spec in plan.state)
         key, choice = _key(p, hyper), select(self._backend, plan, p)
-        if old and old.key == key and old.choice == choice:
+        if old and (old.key, old.plan, old.choice) == (key, plan, choice) and old.report is report:
             kept, served = old.kept, old.served
         else:
             kept, served = Kept(), choice

@@ -89,11 +89,11 @@ def refuses_parameter(plan: TensorPlan, p: Tensor) -> str | None:
         return f"no CPU kernels for {plan.dtype}"
     if plan.order != tuple(range(len(plan.shape))):
         return "the axes of its matrix view are not in memory order"
-    if not p.is_contiguous():
+    if not p.is_contiguous() or p.is_neg():
         return "it is not contiguous"
-    if p.numel() == 0 or not p.data_ptr():
+    if p.numel() == 0:
         return "it has no elements"
-    return None
+    return None if p.data_ptr() else "it has no memory"
 
 
 def refuses(task: Task) -> str | None:
@@ -104,7 +104,9 @@ def refuses(task: Task) -> str | None:
         if refusal:
             return refusal
         task.kept.prepared = _prepare(task)
-    return None if g.is_contiguous() and not g.is_neg() else "its gradient is not contiguous"
+    if not g.is_contiguous() or g.is_neg():
+        return "its gradient is not contiguous"
+    return None if g.data_ptr() else "its gradient has no memory"
 
 
 def _refuses_tensors(task: Task) -> str | None:
@@ -120,9 +122,10 @@ def _refuses_tensors(task: Task) -> str | None:
             or tensor.dtype != dtype_of(spec.dtype)
             or tensor.device != p.device
             or not tensor.is_contiguous()
+            or not tensor.data_ptr()
         ):
             return f"its {spec.name} is not as planned"
-    return None
+    return None if p.data_ptr() else "it has no memory"
 
 
 def step(tasks: Sequence[Task]) -> None:
@@ -133,7 +136,7 @@ def sweep(tasks: Sequence[Task]) -> None:
     for task in tasks:
         if task.plan.factored:
             matrices, rows, _ = task.plan.dims
-            task.rows = torch.empty(matrices, rows, dtype=torch.float32)
+            task.rows = torch.empty(matrices, rows, dtype=torch.float32, device="cpu")
     _run(tasks, _SWEEP)
 
 
@@ -143,10 +146,13 @@ def apply(tasks: Sequence[Task]) -> None:
 
 def _run(tasks: Sequence[Task], phases: int, instructions: int = 0) -> None:
     functions, count, threads = _library().functions, len(tasks), torch.get_num_threads()
+    if not count:
+        return
     table = bytearray().join(map(_packed, tasks))
     address = ctypes.addressof(ctypes.c_char.from_buffer(table))
     sizes = ctypes.c_void_p(address), ctypes.c_int64(count), ctypes.c_int64(phases)
-    workspace = torch.empty(functions.adafactor_workspace(*sizes, ctypes.c_int64(threads)), dtype=torch.uint8)
+    size = functions.adafactor_workspace(*sizes, ctypes.c_int64(threads))
+    workspace = torch.empty(size, dtype=torch.uint8, device="cpu")
     place = ctypes.c_void_p(workspace.data_ptr())
     functions.adafactor_run(*sizes, place, ctypes.c_int64(threads), ctypes.c_int64(instructions))
     if phases & _APPLY:
@@ -189,7 +195,7 @@ def _prepare(task: Task) -> _Prepared:
     plan, hyper, p, kept = task.plan, task.hyper, task.p, task.kept
     tensors = {spec.name: task.state[spec.name] for spec in plan.state}
     if hyper.scale_parameter and kept.param_sq is None:
-        kept.param_sq = torch.empty(plan.dims[0], dtype=torch.float32)
+        kept.param_sq = torch.empty(plan.dims[0], dtype=torch.float32, device="cpu")
     momentum = tensors.get("exp_avg")
     places = (
         p,

@@ -180,6 +180,11 @@ INLINE bool at_the_edge(U32 pairs) {
   return any((U32)((S16)shifted < (S16)bottom));
 }
 
+// NaN without its low bits, to which random bits would be added until they carry beyond its sign. Only float32 momentum
+// brings such a NaN: one from CUDA, say.
+INLINE F32 short_nan(F32 x) { return (F32)((U32)x & ~((U32)(x != x) & 0xFFFFu)); }
+INLINE Part short_nan(Part x) { return {short_nan(x.a), short_nan(x.b)}; }
+
 INLINE U32 rounded_to(bf16*, Part x, U32 bits) {
   const U32 even = bits & keep(0xFFFFu), odd = bits >> 16;
   const U32 rounded = halves((U32)x.a + even, (U32)x.b + odd);  // right wherever nothing leaves the finite range

@@ -297,6 +297,7 @@ void apply(Job& job, int64_t index) {
       store_part<PAIRS>(m, k, M_new, stochastic, averages);
       x = nesterov ? M_new * beta1 + x * rest1 : M_new;
       x = x * after;
+      if constexpr (std::is_same_v<M, float> && std::is_same_v<P, bf16>) x = short_nan(x);
     }
     if (decays) x = x + weight * shrink;
     if (moves) store_part<PAIRS>(p, k, weight - x, stochastic, weights);

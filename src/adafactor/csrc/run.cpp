@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstddef>
 #include <cstring>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -114,7 +115,9 @@ int64_t scratch_alone(const Job& job, int64_t phases) {
 // The schedule: _schedule.py
 
 void schedule(Job& job) {
-  const Task& task = *job.task;
+  Task& task = *job.task;
+  for (int64_t k = 0; k < task.matrices && task.known; ++k)
+    if (!std::isfinite(task.param_sq[k])) task.known = 0;  // no step follows from it, so none could find it outdated
   const double t = (double)*task.step + 1;
   if (!std::isnan(task.beta2)) {
     job.beta2 = task.beta2 * (1 - std::pow(task.beta2, t - 1)) / (1 - std::pow(task.beta2, t));
@@ -369,7 +372,11 @@ void in_parallel(int64_t threads, Run& run) {
   if (openmp && threads > 1) return openmp(work, &run, (unsigned)threads, 0);
 #endif
   std::vector<std::thread> others;
-  for (int64_t i = 1; i < threads; ++i) others.emplace_back(work, &run);
+  others.reserve(threads);
+  try {
+    while ((int64_t)others.size() + 1 < threads) others.emplace_back(work, &run);
+  } catch (const std::system_error&) {  // fewer do as well
+  }
   work(&run);
   for (auto& other : others) other.join();
 }
