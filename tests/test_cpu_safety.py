@@ -56,13 +56,13 @@ def test_tensors_whose_memory_was_freed_raise(what: str, steps: int):
 
 def test_a_gradient_without_memory_raises():
     p, optimizer = problem(lr=0.01)
-    p.grad = torch._efficientzerotensor((40, 50))
+    p.grad = torch._efficientzerotensor((40, 50))  # pyright: ignore[reportPrivateImportUsage]
     with pytest.raises(RuntimeError, match="ZeroTensor"):
         optimizer.step()
 
 
 def test_weights_that_are_a_negated_view():
-    p = torch.nn.Parameter(torch._neg_view(torch.ones(40, 50)))
+    p = torch.nn.Parameter(torch._neg_view(torch.ones(40, 50)))  # pyright: ignore[reportPrivateImportUsage]
     p.grad = torch.ones(40, 50)
     Adafactor([p], lr=0.5, clip_threshold=None).step()
     assert torch.equal(p, torch.full((40, 50), -1.5))
@@ -126,7 +126,9 @@ def test_what_was_kept_for_a_parameter_fits_its_new_view():
     del optimizer.state[ps[1]]
     optimizer.state_dict()
     optimizer.step()
-    assert optimizer._slots[ps[1]].kept.param_sq.shape == (40,)
+    kept = optimizer._slots[ps[1]].kept.param_sq
+    assert kept is not None
+    assert kept.shape == (40,)
 
 
 def test_a_nan_in_the_momentum_reaches_the_weights_whatever_its_bits():
