@@ -411,7 +411,8 @@ def test_a_step_makes_one_allocation_and_a_small_one(
         used = peak_allocated(optimizer.step)
     finally:
         torch.set_num_threads(before)
-    allocations = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]" and e.nbytes() > 0]
+    events: Any = profiler.profiler.kineto_results.events()  # pyright: ignore[reportOptionalMemberAccess]
+    allocations = [event for event in events if event.name() == "[memory]" and event.nbytes() > 0]
     assert len(allocations) == 1
     sides = sum(
         optimizer.state[p][name].numel()

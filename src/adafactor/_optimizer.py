@@ -242,7 +242,8 @@ class Adafactor(Optimizer):
                 if g is None:
                     continue
                 slot = self._slot(p, hyper)
-                _check_gradient(slot.plan.name, g)
+                if g.layout is not torch.strided:
+                    _refuse_sparse(slot.plan.name)
                 task = Task(slot.plan, hyper, p, g, self.state[p], lr, slot.streams, slot.report, slot.kept)
                 slot.served = serving(slot.choice, task)
                 backend = slot.served.backend
@@ -298,8 +299,9 @@ class Adafactor(Optimizer):
         """The plan of a parameter, with its state allocated; rebuilt when the parameter or its group has changed."""
         slot, state = self._slots.get(p), self.state.get(p)
         if slot and state and slot.names <= state.keys() and state["step"].device == p.device:
-            same = hyper is slot.hyper and (p.shape, p.dtype, p.is_contiguous()) == slot.key[:3]
-            if same or slot.key == _key(p, hyper):
+            if hyper is slot.hyper and slot.key[0] == _form(p):
+                return slot
+            if slot.key == _key(p, hyper):
                 slot.hyper = hyper
                 return slot
         self._rebuild()
@@ -342,8 +344,10 @@ class Adafactor(Optimizer):
         streams = Streams(stream_key(hyper.seed, name), stream_key(hyper.seed, f"{name}/exp_avg"))
         names = frozenset(spec.name for spec in plan.state)
         key, choice = _key(p, hyper), select(self._backend, plan, p)
-        same = old is not None and (old.key, old.plan, old.choice) == (key, plan, choice) and old.report is report
-        kept, served = (old.kept, old.served) if same else (Kept(), choice)
+        if old and (old.key, old.plan, old.choice) == (key, plan, choice) and old.report is report:
+            kept, served = old.kept, old.served
+        else:
+            kept, served = Kept(), choice
         return _Slot(key, hyper, plan, names, streams, report, kept, choice, served)
 
     def _forget_removed(self) -> None:
@@ -384,7 +388,11 @@ def _key(p: Tensor, hyper: Hyper) -> tuple:
     """What a parameter's plan and stream were made from."""
     momentum = hyper.momentum_dtype if hyper.momentum else None
     structure = hyper.factor, hyper.min_dim_size_to_factor, hyper.rms_scope, hyper.scale_parameter
-    return p.shape, p.dtype, p.is_contiguous(), momentum, structure, hyper.seed
+    return _form(p), momentum, structure, hyper.seed
+
+
+def _form(p: Tensor) -> tuple:
+    return p.shape, p.dtype, p.is_contiguous()
 
 
 def _shapes(named: Iterable[tuple[int, str, Tensor]]) -> list[tuple[str, tuple[int, ...]]]:
@@ -396,12 +404,11 @@ def _shapes(named: Iterable[tuple[int, str, Tensor]]) -> list[tuple[str, tuple[i
     return shapes
 
 
-def _check_gradient(name: str, gradient: Tensor) -> None:
-    if gradient.layout != torch.strided:
-        raise ValueError(
-            f"the gradient of parameter {name!r} is sparse, which Adafactor does not take yet; "
-            "build the embedding with sparse=False"
-        )
+def _refuse_sparse(name: str) -> None:
+    raise ValueError(
+        f"the gradient of parameter {name!r} is sparse, which Adafactor does not take yet; "
+        "build the embedding with sparse=False"
+    )
 
 
 def _refuse_shared(name: str, p: Tensor, places: dict[tuple, str]) -> None:

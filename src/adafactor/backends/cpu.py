@@ -91,9 +91,9 @@ def refuses_parameter(plan: TensorPlan, p: Tensor) -> str | None:
         return "the axes of its matrix view are not in memory order"
     if not p.is_contiguous() or p.is_neg():
         return "it is not contiguous"
-    if p.numel() == 0 or not p.data_ptr():
+    if p.numel() == 0:
         return "it has no elements"
-    return None
+    return None if p.data_ptr() else "it has no memory"
 
 
 def refuses(task: Task) -> str | None:
@@ -148,9 +148,7 @@ def _run(tasks: Sequence[Task], phases: int, instructions: int = 0) -> None:
     functions, count, threads = _library().functions, len(tasks), torch.get_num_threads()
     if not count:
         return
-    table = bytearray(count * _TASK_BYTES)
-    for index, task in enumerate(tasks):
-        _pack(table, index * _TASK_BYTES, task)
+    table = bytearray().join(map(_packed, tasks))
     address = ctypes.addressof(ctypes.c_char.from_buffer(table))
     sizes = ctypes.c_void_p(address), ctypes.c_int64(count), ctypes.c_int64(phases)
     size = functions.adafactor_workspace(*sizes, ctypes.c_int64(threads))
@@ -161,23 +159,36 @@ def _run(tasks: Sequence[Task], phases: int, instructions: int = 0) -> None:
         _after_write(tasks, table)
 
 
+def _packed(task: Task) -> bytes:
+    kept, sums, rows, lr = task.kept, task.sums, task.rows, task.lr
+    now = _NOW.pack(
+        task.g.data_ptr(),
+        sums["grad_sq"].data_ptr() if sums else 0,
+        0 if rows is None else rows.data_ptr(),
+        kept.mark is not None and kept.trusted and kept.mark == _mark(task.p),
+        math.nan if lr is None else float(lr),
+    )
+    return now + kept.prepared.packed
+
+
 class _Prepared(NamedTuple):
     """The part of a task that stays the same, and what must be as it was for that."""
 
     hyper: Hyper
-    address: int  # of p
-    gradient: tuple[torch.Size, torch.dtype]
+    numel: int
+    gradient_dtype: torch.dtype
+    weights: int  # address of p
     state: list[tuple[str, Tensor, int]]  # and each tensor's address
     packed: bytes
 
     def holds(self, task: Task) -> bool:
         g, state = task.g, task.state
-        if task.hyper is not self.hyper or task.p.data_ptr() != self.address or (g.shape, g.dtype) != self.gradient:
+        if task.hyper is not self.hyper or g.dtype is not self.gradient_dtype or g.numel() != self.numel:
             return False
         for name, tensor, address in self.state:
             if state[name] is not tensor or tensor.data_ptr() != address:
                 return False
-        return True
+        return task.p.data_ptr() == self.weights
 
 
 def _prepare(task: Task) -> _Prepared:
@@ -208,22 +219,7 @@ def _prepare(task: Task) -> _Prepared:
         *task.streams.momentum,
     )
     state = [(name, tensor, tensor.data_ptr()) for name, tensor in tensors.items()]
-    return _Prepared(hyper, p.data_ptr(), (task.g.shape, task.g.dtype), state, packed)
-
-
-def _pack(table: bytearray, at: int, task: Task) -> None:
-    kept = task.kept
-    known = kept.mark is not None and kept.trusted and task.hyper.scale_parameter and kept.mark == _mark(task.p)
-    _NOW.pack_into(
-        table,
-        at,
-        task.g.data_ptr(),
-        task.sums["grad_sq"].data_ptr() if task.sums else 0,
-        0 if task.rows is None else task.rows.data_ptr(),
-        known,
-        math.nan if task.lr is None else float(task.lr),
-    )
-    table[at + _NOW.size : at + _TASK_BYTES] = kept.prepared.packed
+    return _Prepared(hyper, p.numel(), task.g.dtype, p.data_ptr(), state, packed)
 
 
 def _geometry(plan: TensorPlan) -> tuple[int, int, int, int]:
@@ -273,7 +269,7 @@ def _after_write(tasks: Sequence[Task], table: bytearray) -> None:
         others = f" and {len(changed) - 1:,} others" if len(changed) > 1 else ""
         warnings.warn(
             f"parameter {changed[0]!r}{others} changed between two steps in a way that autograd does not see (through "
-            ".data, or by another fused optimizer), so the last step was scaled by the RMS from before; from now on that "
-            "RMS is computed anew in every step. Change weights in place under torch.no_grad() to keep the faster way.",
+            ".data, or by another fused optimizer), so the last step was scaled by the RMS from before; from now on it "
+            "is computed anew in every step. Change weights in place under torch.no_grad() to keep the faster way.",
             stacklevel=caller_level(),
         )

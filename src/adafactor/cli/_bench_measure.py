@@ -124,6 +124,11 @@ def _rounds(
     return repeats
 
 
+def _announce_writes(optimizer: torch.optim.Optimizer) -> None:
+    """The weights may have been written by torch's fused optimizers, which do not tell autograd."""
+    torch.autograd.graph.increment_version([p for group in optimizer.param_groups for p in group["params"]])
+
+
 def _is_baseline(runner: _Runner) -> bool:
     """Baselines never sit out: every ratio needs them."""
     return runner.entry in BASELINES
@@ -131,6 +136,7 @@ def _is_baseline(runner: _Runner) -> bool:
 
 def _turn(runner: _Runner, turn: int, device: str) -> None:
     assert runner.optimizer is not None
+    _announce_writes(runner.optimizer)
     began = time.perf_counter()
     runner.optimizer.step()
     _wait(device)
