@@ -305,7 +305,7 @@ def known(optimizer: Adafactor, p: Tensor) -> bool:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", [(31,), (40, 70), (3, 40, 33), (700, 301)], ids=shape_id)
+@pytest.mark.parametrize("shape", [(31,), (40, 70), (3, 40, 33), (700, 301), (40, 9001), (300_001,)], ids=shape_id)
 def test_the_cached_rms_has_the_bits_of_a_fresh_one(shape: Shape, dtype: torch.dtype):
     p0, grads = problem(shape, steps=5, dtype=dtype)
     p, fresh = parameter(p0), parameter(p0)

@@ -19,7 +19,18 @@ from adafactor._plan import TensorPlan, View, check_parameter, resolve_factor, t
 from adafactor._reports import Diagnostics, Explanation, diagnostics_of, explanation_of
 from adafactor._rounding import stream_key
 from adafactor._schedule import exact, rho_at
-from adafactor.backends import Backend, Choice, Kept, Report, Streams, Task, check_available, select, serving
+from adafactor.backends import (
+    NO_GRADIENT,
+    Backend,
+    Choice,
+    Kept,
+    Report,
+    Streams,
+    Task,
+    check_available,
+    select,
+    serving,
+)
 
 
 class Adafactor(Optimizer):
@@ -234,27 +245,33 @@ class Adafactor(Optimizer):
     def _update(self) -> None:
         batches: dict[str, tuple[Backend, list[Task]]] = {}
         updated: list[dict[str, Any]] = []
-        for group in self.param_groups:
-            hyper = Hyper.of(group)
-            lr = self._lr(group, hyper)
-            for p in dict.fromkeys(group["params"]):
-                g = p.grad
-                if g is None:
-                    continue
-                slot = self._slot(p, hyper)
-                if g.layout is not torch.strided:
-                    _refuse_sparse(slot.plan.name)
-                task = Task(slot.plan, hyper, p, g, self.state[p], lr, slot.streams, slot.report, slot.kept)
-                slot.served = serving(slot.choice, task)
-                backend = slot.served.backend
-                if backend.name not in batches:
-                    batches[backend.name] = backend, []
-                batches[backend.name][1].append(task)
-                if not updated or updated[-1] is not group:
-                    updated.append(group)
-        for backend, batch in batches.values():
-            # On one device the local sums are the global sums; sharded, they will cross the mesh in between.
-            backend.step(batch)
+        try:
+            for group in self.param_groups:
+                hyper = Hyper.of(group)
+                lr = self._lr(group, hyper)
+                for p in dict.fromkeys(group["params"]):
+                    g = p.grad
+                    if g is None:
+                        continue
+                    slot = self._slot(p, hyper)
+                    if g.layout is not torch.strided:
+                        _refuse_sparse(slot.plan.name)
+                    task = slot.task
+                    task.hyper, task.g, task.lr, task.state = hyper, g, lr, self.state[p]
+                    slot.served = serving(slot.choice, task)
+                    backend = slot.served.backend
+                    if backend.name not in batches:
+                        batches[backend.name] = backend, []
+                    batches[backend.name][1].append(task)
+                    if not updated or updated[-1] is not group:
+                        updated.append(group)
+            for backend, batch in batches.values():
+                # On one device the local sums are the global sums; sharded, they will cross the mesh in between.
+                backend.step(batch)
+        finally:
+            for _, batch in batches.values():
+                for task in batch:
+                    task.let_go()
         for group in updated:
             self._show_lr(group, group["updates"] + 1)
 
@@ -348,7 +365,8 @@ class Adafactor(Optimizer):
             kept, served = old.kept, old.served
         else:
             kept, served = Kept(), choice
-        return _Slot(key, hyper, plan, names, streams, report, kept, choice, served)
+        task = Task(plan, hyper, p, NO_GRADIENT, {}, None, streams, report, kept)
+        return _Slot(key, hyper, plan, names, report, kept, choice, served, task)
 
     def _forget_removed(self) -> None:
         """Drop the state of parameters that are no longer in any group: they were swapped for others."""
@@ -377,11 +395,11 @@ class _Slot:
     hyper: Hyper  # at the last step
     plan: TensorPlan
     names: frozenset[str]  # of the state tensors
-    streams: Streams
     report: Report
     kept: Kept
     choice: Choice
     served: Choice  # the choice, or what took its place at the last step
+    task: Task
 
 
 def _key(p: Tensor, hyper: Hyper) -> tuple:

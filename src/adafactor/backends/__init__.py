@@ -18,6 +18,8 @@ from torch import Tensor
 from adafactor._hyper import Hyper, check_backend
 from adafactor._plan import TensorPlan
 
+NO_GRADIENT = torch.empty(0)
+
 
 class Streams(NamedTuple):
     """What sets apart the random bits of a parameter's weights and of its momentum."""
@@ -29,6 +31,8 @@ class Streams(NamedTuple):
 @dataclass(slots=True)
 class Task:
     """One parameter's update.
+
+    The same object serves every step: thousands of new ones would wake the garbage collector each time.
 
     Attributes:
         p, g: the weights and their gradient, in the parameter's shape.
@@ -55,6 +59,10 @@ class Task:
     rows: Tensor | None = None
     t: Any = None  # a float, or a 0-d tensor where reading its value would wait for the device
     beta2: Any = None
+
+    def let_go(self) -> None:
+        """Of everything that belongs to one step: gradients are not to outlive it here."""
+        self.g, self.sums, self.rows = NO_GRADIENT, {}, None
 
 
 @dataclass(slots=True)

@@ -315,6 +315,7 @@ void apply(Job& job, int64_t index) {
     M* m = past(static_cast<M*>(task.m), offset);
     float* v = FACTORED ? nullptr : task.r + offset;
     const F32 scale = all(factor);
+    double now = 0, before = 0;  // in the order of sum_of_squares
     for (int64_t start = 0; start < count; start += SEGMENT) {
       const int64_t stop = start + SEGMENT < count ? start + SEGMENT : count;
       Sums old_sq, new_sq;
@@ -337,10 +338,12 @@ void apply(Job& job, int64_t index) {
         cut_m.put_back();
       }
       if (scaled) {
-        sums.param_sq += new_sq.total();
-        sums.old_param_sq += old_sq.total();
+        now += new_sq.total();
+        before += old_sq.total();
       }
     }
+    sums.param_sq += now;
+    sums.old_param_sq += before;
   };
 
   sums.param_sq = sums.old_param_sq = 0;
