@@ -88,6 +88,26 @@ def test_weights_mended_behind_autograds_back_move_on(bad: float):
     assert_same_bits(snapshot(optimizer, p), snapshot(other, twin))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_weights_and_gradients_at_odd_addresses(dtype: torch.dtype):
+    """As a file that is mapped into memory may have them."""
+
+    def odd(x: Tensor) -> Tensor:
+        memory = bytearray(x.numel() * x.itemsize + 1)
+        return torch.frombuffer(memory, dtype=dtype, offset=1, count=x.numel()).view(x.shape).copy_(x)
+
+    for shape in [(77,), (40, 50), (300, 301)]:
+        taken = []
+        for place in (torch.clone, odd):
+            generator = torch.Generator().manual_seed(0)
+            p = torch.nn.Parameter(place(torch.randn(shape, generator=generator).to(dtype)))
+            p.grad = place(torch.randn(shape, generator=generator).to(dtype))
+            optimizer = Adafactor([p], beta1=0.9, backend="cpu")
+            optimizer.step()
+            taken.append(snapshot(optimizer, p))
+        assert_same_bits(taken[1], taken[0], str(shape))
+
+
 def renamed(optimizer: Adafactor, p: Tensor) -> None:
     """The first parameter goes, so "param 1" is now "param 0"."""
     optimizer.param_groups[0]["params"].pop(0)

@@ -92,8 +92,8 @@ void add_columns(const G* g, int64_t cols, const float* inverse, float* col_sq, 
     const G* block = g + j;
     int64_t stride = cols;
     if (__builtin_expect(cols - j < BLOCK, 0)) {
-      for (int i = 0; i < ROWS; ++i)
-        for (int64_t k = 0; k < BLOCK; ++k) last[i * BLOCK + k] = k < cols - j ? block[i * cols + k] : G{};
+      memset(last, 0, sizeof last);
+      for (int i = 0; i < ROWS; ++i) memcpy(last + i * BLOCK, block + i * cols, (cols - j) * sizeof(G));
       block = last;
       stride = BLOCK;
     }
