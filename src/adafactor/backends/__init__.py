@@ -126,7 +126,8 @@ class Choice(NamedTuple):
 
 
 def check_available(requested: str) -> None:
-    """
+    """Refuse a backend that nothing here could be served by.
+
     Raises:
         ValueError: if `requested` is no backend, or one that this installation lacks.
         NotImplementedError: if this version does not have it yet.
