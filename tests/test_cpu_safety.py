@@ -148,7 +148,7 @@ def test_what_was_kept_for_a_parameter_fits_its_new_view():
     optimizer.step()
     kept = optimizer._slots[ps[1]].kept.param_sq
     assert kept is not None
-    assert kept.shape == (40,)
+    assert kept.shape == (41,)  # and a fingerprint
 
 
 def test_a_nan_in_the_momentum_reaches_the_weights_whatever_its_bits():

@@ -94,15 +94,14 @@ class Kept:
     """What a backend keeps of a parameter from step to step, and may lose at any time.
 
     Attributes:
-        param_sq: the sum of p^2 that its last write of p left, which holds while nobody else writes to p.  # [matrices]
+        param_sq: the sums of p^2 that its last write of p left, which hold while nobody else writes to p, and p's
+            fingerprint then.  # [matrices + 1]
         mark: p's address and version then.
-        trusted: False once p was changed behind autograd's back, which leaves no mark.
         prepared: the backend's own.
     """
 
     param_sq: Tensor | None = None
     mark: tuple[int, int] | None = None
-    trusted: bool = True
     prepared: Any = None
 
 

@@ -10,7 +10,6 @@ import ctypes
 import importlib.util
 import math
 import struct
-import warnings
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -18,15 +17,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from adafactor._hyper import Hyper, caller_level, dtype_name, dtype_of
+from adafactor._hyper import Hyper, dtype_name, dtype_of
 from adafactor._plan import TensorPlan
 from adafactor.backends import Task
 
 name = "cpu"
 
 _NOW = struct.Struct("4q d")  # the part of a task that changes from step to step
-_KNOWN = struct.Struct("q")  # in: param_sq holds; out: _CHANGED where p had been changed nevertheless
-_KNOWN_AT, _CHANGED = 3 * 8, 2
 _PREPARED = struct.Struct("7q 9q 7q 8d 4i")
 _TASK_BYTES = _NOW.size + _PREPARED.size
 _SWEEP, _APPLY = 1, 2
@@ -156,7 +153,7 @@ def _run(tasks: Sequence[Task], phases: int, instructions: int = 0) -> None:
     place = ctypes.c_void_p(workspace.data_ptr())
     functions.adafactor_run(*sizes, place, ctypes.c_int64(threads), ctypes.c_int64(instructions))
     if phases & _APPLY:
-        _after_write(tasks, table)
+        _after_write(tasks)
 
 
 def _packed(task: Task) -> bytes:
@@ -165,7 +162,7 @@ def _packed(task: Task) -> bytes:
         task.g.data_ptr(),
         sums["grad_sq"].data_ptr() if sums else 0,
         0 if rows is None else rows.data_ptr(),
-        kept.mark is not None and kept.trusted and kept.mark == _mark(task.p),
+        kept.mark is not None and kept.mark == _mark(task.p),
         math.nan if lr is None else float(lr),
     )
     return now + kept.prepared.packed
@@ -195,7 +192,7 @@ def _prepare(task: Task) -> _Prepared:
     plan, hyper, p, kept = task.plan, task.hyper, task.p, task.kept
     tensors = {spec.name: task.state[spec.name] for spec in plan.state}
     if hyper.scale_parameter and kept.param_sq is None:
-        kept.param_sq = torch.empty(plan.dims[0], dtype=torch.float32, device="cpu")
+        kept.param_sq = torch.empty(plan.dims[0] + 1, dtype=torch.float32, device="cpu")
     momentum = tensors.get("exp_avg")
     places = (
         p,
@@ -254,22 +251,9 @@ def _mark(p: Tensor) -> tuple[int, int] | None:
     return None if p.is_inference() else (p.data_ptr(), p._version)
 
 
-def _after_write(tasks: Sequence[Task], table: bytearray) -> None:
+def _after_write(tasks: Sequence[Task]) -> None:
     """Autograd learns that the weights have changed; RMS(p) is known until somebody else changes them."""
     torch.autograd.graph.increment_version([task.p for task in tasks if not task.p.is_inference()])
-    changed = []
-    for index, task in enumerate(tasks):
-        if not task.hyper.scale_parameter:
-            continue
-        task.kept.mark = _mark(task.p)
-        if _KNOWN.unpack_from(table, index * _TASK_BYTES + _KNOWN_AT)[0] == _CHANGED:
-            task.kept.trusted = False
-            changed.append(task.plan.name)
-    if changed:
-        others = f" and {len(changed) - 1:,} others" if len(changed) > 1 else ""
-        warnings.warn(
-            f"parameter {changed[0]!r}{others} changed between two steps in a way that autograd does not see (through "
-            ".data, or by another fused optimizer), so the last step was scaled by the RMS from before; from now on it "
-            "is computed anew in every step. Change weights in place under torch.no_grad() to keep the faster way.",
-            stacklevel=caller_level(),
-        )
+    for task in tasks:
+        if task.hyper.scale_parameter:
+            task.kept.mark = _mark(task.p)

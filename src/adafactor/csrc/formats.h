@@ -73,70 +73,83 @@ INLINE Part load_part(const T* block, int k) {
 
 // Random bits: one word for two neighbours.
 
+constexpr uint32_t MULTIPLIERS[] = {0x7FEB352Du, 0x846CA68Bu};
+
+// All but the last step of the hash, and all but the first.
 template <class Word, class Constant>
-INLINE Word mix(Word word, Word key, Constant first, Constant second) {
-  word ^= word >> 16;
+INLINE Word inner_mix(Word word, Word key, Constant first, Constant second) {
   word *= first;
   word ^= word >> 15;
   word += key;
-  word *= second;
+  return word * second;
+}
+
+INLINE uint32_t mix(uint32_t word, uint32_t key) {
+  word = inner_mix(word ^ word >> 16, key, MULTIPLIERS[0], MULTIPLIERS[1]);
   return word ^ word >> 16;
 }
 
-constexpr uint32_t MULTIPLIERS[] = {0x7FEB352Du, 0x846CA68Bu};
+// 16 random bits for each element of a part.
+struct Bits {
+  U32 a, b;
+};
 
 // The draws of one step for a run of elements, in their order.
 struct Draws {
   uint32_t key[2];
   uint64_t element = 0;
-  bool odd = false, wraps = false;
-  U32 pairs = {}, salt = {}, last = {}, first_multiplier, second_multiplier;
+  bool odd = false, crosses = false;
+  U32 pairs = {}, salt = {}, last, first_multiplier, second_multiplier, width;
 
   Draws(const int32_t* stream, int64_t step)
-      : first_multiplier(keep(MULTIPLIERS[0])), second_multiplier(keep(MULTIPLIERS[1])) {
-    const auto mixed = [](uint32_t word, uint32_t key) { return mix(word, key, MULTIPLIERS[0], MULTIPLIERS[1]); };
-    key[0] = mixed((uint32_t)stream[0] ^ (uint32_t)step, (uint32_t)stream[1]);
-    key[1] = mixed((uint32_t)stream[1] ^ (uint32_t)step, key[0]);
+      : first_multiplier(keep(MULTIPLIERS[0])), second_multiplier(keep(MULTIPLIERS[1])), width(keep(WIDTH)) {
+    key[0] = mix((uint32_t)stream[0] ^ (uint32_t)step, (uint32_t)stream[1]);
+    key[1] = mix((uint32_t)stream[1] ^ (uint32_t)step, key[0]);
     last = all(key[1]);
   }
 
   // Begin a run of `count` elements.
-  void begin(uint64_t first, int64_t count) {
+  MEMBER void begin(uint64_t first, int64_t count) {
     alignas(64) static constexpr uint32_t lane[LANES] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     element = first;
     const uint64_t pair = first / 2;
     odd = first % 2;
-    wraps = (pair + count / 2 + BLOCK) >> 32 != pair >> 32;  // the low word does
-    pairs = load<U32>(lane) + (uint32_t)pair;
-    salt = all((uint32_t)(pair >> 32) * 0x9E3779B9u + key[0]);
+    crosses = (pair + count / 2 + BLOCK) >> 16 != pair >> 16;
+    // The hash begins with word ^ word >> 16, whose upper halves are the same for the whole run unless it crosses.
+    const uint32_t word = salted(pair & ~(uint64_t)0xFFFF);
+    pairs = load<U32>(lane) + ((uint32_t)pair & 0xFFFFu);
+    salt = all(word ^ word >> 16);
   }
 
-  // 16 bits each for the next elements, in pair order: those of `a` in the low halves, of `b` in the high ones.
-  MEMBER U32 next() {
-    U32 words = mix(pairs ^ salt, last, first_multiplier, second_multiplier);
-    if (__builtin_expect(odd, 0)) {
-      const U32 after = mix((pairs + 1u) ^ salt, last, first_multiplier, second_multiplier);
-      words = words >> 16 | after << 16;
-    }
-    if (__builtin_expect(wraps, 0)) words = next_slowly();
-    pairs += (uint32_t)WIDTH;
-    return words;
+  MEMBER uint32_t salted(uint64_t pair) const { return (uint32_t)pair ^ ((uint32_t)(pair >> 32) * 0x9E3779B9u + key[0]); }
+
+  MEMBER bool plain() const { return !odd && !crosses; }
+
+  // For the next elements, in pair order.
+  template <bool PLAIN>
+  MEMBER Bits next() {
+    if (!PLAIN && crosses) return next_slowly();
+    Bits bits = of_pairs(pairs);
+    if (!PLAIN && odd) bits = {bits.b, of_pairs(pairs + 1u).a};
+    pairs += width;
+    return bits;
   }
 
-  __attribute__((noinline)) U32 next_slowly() {
-    U32 words;
+  MEMBER Bits of_pairs(U32 pairs) const {
+    const U32 word = inner_mix(pairs ^ salt, last, first_multiplier, second_multiplier), high = word >> 16;
+    return {(word ^ high) & keep(0xFFFFu), high};
+  }
+
+  MEMBER Bits next_slowly() {
+    Bits bits;
     for (int i = 0; i < WIDTH; ++i, element += 2) {
-      uint32_t word[2];
-      for (int side = 0; side < 2; ++side) {
-        const uint64_t index = element + side, pair = index / 2;
-        const uint32_t mixed = mix((uint32_t)pair ^ ((uint32_t)(pair >> 32) * 0x9E3779B9u + key[0]), key[1],
-                                   MULTIPLIERS[0], MULTIPLIERS[1]);
-        word[side] = mixed >> index % 2 * 16 & 0xFFFFu;
-      }
-      words[i] = word[0] | word[1] << 16;
+      bits.a[i] = of(element);
+      bits.b[i] = of(element + 1);
     }
-    return words;
+    return bits;
   }
+
+  MEMBER uint32_t of(uint64_t index) const { return mix(salted(index / 2), key[1]) >> index % 2 * 16 & 0xFFFFu; }
 };
 
 // Rounding to 16 bits, which end up in the upper half of each word.
@@ -171,7 +184,7 @@ INLINE U32 f16_nearest(F32 x) {
   return choose((U32)(plain < 0x47800000u), half, f16_special(plain)) << 16 | (word & 0x80000000u);
 }
 
-INLINE U32 halves(U32 a, U32 b) { return a >> 16 | (b & keep(0xFFFF0000u)); }
+INLINE U32 halves(U32 a, U32 b) { return upper_halves(a >> 16, b); }
 
 // True if any of these bfloat16 numbers is the largest one or beyond it.
 INLINE bool at_the_edge(U32 pairs) {
@@ -185,18 +198,23 @@ INLINE bool at_the_edge(U32 pairs) {
 INLINE F32 short_nan(F32 x) { return (F32)((U32)x & ~((U32)(x != x) & 0xFFFFu)); }
 INLINE Part short_nan(Part x) { return {short_nan(x.a), short_nan(x.b)}; }
 
-INLINE U32 rounded_to(bf16*, Part x, U32 bits) {
-  const U32 even = bits & keep(0xFFFFu), odd = bits >> 16;
-  const U32 rounded = halves((U32)x.a + even, (U32)x.b + odd);  // right wherever nothing leaves the finite range
-  if (__builtin_expect(at_the_edge(rounded), 0)) return halves(bf16_of(x.a, even), bf16_of(x.b, odd));
+template <bool TAME>  // no finite number here rounds to infinity
+INLINE U32 rounded_to(bf16*, Part x, Bits bits) {
+  const U32 rounded = halves((U32)x.a + bits.a, (U32)x.b + bits.b);  // right wherever nothing leaves the finite range
+  if (!TAME && __builtin_expect(at_the_edge(rounded), 0)) return halves(bf16_of(x.a, bits.a), bf16_of(x.b, bits.b));
   return rounded;
 }
 
-INLINE U32 rounded_to(f16*, Part x, U32 bits) { return halves(f16_of(x.a, bits & 0xFFFFu), f16_of(x.b, bits >> 16)); }
+template <bool TAME>
+INLINE U32 rounded_to(f16*, Part x, Bits bits) {
+  return halves(f16_of(x.a, bits.a), f16_of(x.b, bits.b));
+}
+
 INLINE U32 nearest_to(bf16*, Part x) { return halves(bf16_nearest(x.a), bf16_nearest(x.b)); }
 INLINE U32 nearest_to(f16*, Part x) { return halves(f16_nearest(x.a), f16_nearest(x.b)); }
 
-template <bool PAIRS, class T>
+// PLAIN: rounding is stochastic, with draws that are plain.
+template <bool PAIRS, bool PLAIN, bool TAME, class T>
 INLINE void store_part(T* block, int k, Part x, bool stochastic, Draws& draws) {
   if constexpr (!PAIRS) {
     store_lanes(block, k, x);
@@ -204,7 +222,8 @@ INLINE void store_part(T* block, int k, Part x, bool stochastic, Draws& draws) {
     store(block + 2 * k * WIDTH, zip_low(x.a, x.b));
     store(block + (2 * k + 1) * WIDTH, zip_high(x.a, x.b));
   } else {
-    store(block + 2 * k * WIDTH, stochastic ? rounded_to(block, x, draws.next()) : nearest_to(block, x));
+    store(block + 2 * k * WIDTH,
+          PLAIN || stochastic ? rounded_to<TAME>(block, x, draws.next<PLAIN>()) : nearest_to(block, x));
   }
 }
 

@@ -8,8 +8,7 @@
 
 namespace {
 
-constexpr int TOGETHER = 4;        // rows in a sweep
-constexpr int64_t AHEAD = 1 << 12;  // bytes that apply asks for in advance
+constexpr int TOGETHER = 4;  // rows in a sweep
 
 // The rows and columns of a strip.
 struct Strip {
@@ -47,13 +46,13 @@ template <>
 struct Cut<nothing> {
   nothing* const at;
 
-  MEMBER Cut(nothing* place, int64_t) : at(place) {}
+  MEMBER Cut(nothing* place, int64_t, int = 0) : at(place) {}
   MEMBER void put_back() const {}
 };
 
 template <class T>
 INLINE T* past(T* at, int64_t elements) {
-  if constexpr (std::is_same_v<T, nothing>)
+  if constexpr (std::is_same_v<std::remove_const_t<T>, nothing>)
     return at;
   else
     return at + elements;
@@ -66,22 +65,18 @@ double sum_of_squares(const T* x, int64_t count) {
   for (int64_t start = 0; start < count; start += SEGMENT) {
     const int64_t stop = start + SEGMENT < count ? start + SEGMENT : count;
     Sums lanes;
-    for (int64_t j = start; j < stop; j += BLOCK) {
-      const Cut<const T> cut(x + j, stop - j);
+    const auto add = [&](const T* block) __attribute__((always_inline)) {
       EACH_PART(k) {
-        const Part part = load_part<PAIRS>(cut.at, k);
+        const Part part = load_part<PAIRS>(block, k);
         lanes.part[k] += sum(part * part);
       }
-    }
+    };
+    int64_t j = start;
+    for (; j + BLOCK <= stop; j += BLOCK) add(x + j);
+    if (j < stop) add(Cut<const T>(x + j, stop - j).at);
     total += lanes.total();
   }
   return total;
-}
-
-// Ask for bytes that will be read soon. They need not exist.
-template <int64_t BYTES>
-INLINE void fetch(const void* at) {
-  for (int64_t line = 0; line < BYTES; line += 64) __builtin_prefetch(static_cast<const char*>(at) + line, 0, 2);
 }
 
 // Column sums of ROWS rows of g: of g^2, and of g^2 / R.
@@ -270,95 +265,93 @@ void apply(Job& job, int64_t index) {
   const Task& task = *job.task;
   const Strip strip(job, index);
   const Matrix& matrix = job.matrix[strip.matrix];
-  StripSums& sums = job.strip[index];
+  using V = std::conditional_t<FACTORED, nothing, float>;
+  using B = std::conditional_t<FACTORED, float, nothing>;
   constexpr bool momentum = !std::is_same_v<M, nothing>;
-  const bool scaled = flag(task.param_sq), check = flag(scaled && task.known), stochastic = flag(task.stochastic);
-  const bool nesterov = flag(task.nesterov), moves = flag(job.moves), decays = flag(matrix.shrink != 0);
+  const bool scaled = flag(task.param_sq), stochastic = flag(task.stochastic), nesterov = flag(task.nesterov);
+  const bool moves = flag(job.moves), decays = flag(matrix.shrink != 0);
+  const bool simple = moves && (stochastic || !(NARROW<P> || NARROW<M>)) && (momentum || matrix.tame);
   const F32 beta1 = all((float)task.beta1), rest1 = all((float)(1 - task.beta1));
   const F32 after = all(matrix.after), shrink = all(matrix.shrink);
   const SecondMoment moment(job);
   const int64_t step = (int64_t)*task.step + 1;
   Draws weights(task.weights_stream, step), averages(task.momentum_stream, step);
 
-  // Part k of a block.
-  const auto update = [&](P* p, const G* g, M* m, float* v, const float* b, F32 scale, int k, Sums& old_sq,
-                          Sums& new_sq) __attribute__((always_inline)) {
+  // Part k of a block. `plain` is std::true_type where things are as they nearly always are: `simple`, with plain draws.
+  const auto update = [&](auto plain, P* p, const G* g, M* m, V* v, const B* b, F32 scale, int k,
+                          Sums& written_sq) __attribute__((always_inline)) {
+    constexpr bool PLAIN = decltype(plain)::value;
     const Part gradient = load_part<PAIRS>(g, k), weight = load_part<PAIRS>(p, k);
     Part x;
     if constexpr (FACTORED) {
       x = gradient * load_lanes(b, k) * scale;
     } else {
-      const Part V = moment(load_part<PAIRS>(v, k), gradient);
-      x = gradient * Part{1 / root(V.a), 1 / root(V.b)} * scale;
-      store_part<PAIRS>(v, k, V, false, weights);
+      const Part moved = moment(load_part<PAIRS>(v, k), gradient);
+      x = gradient * Part{1 / root(moved.a), 1 / root(moved.b)} * scale;
+      store_part<PAIRS, PLAIN, true>(v, k, moved, false, weights);
     }
     if constexpr (momentum) {
       const Part M_new = load_part<PAIRS>(m, k) * beta1 + x * rest1;
-      store_part<PAIRS>(m, k, M_new, stochastic, averages);
+      store_part<PAIRS, PLAIN, false>(m, k, M_new, stochastic, averages);
       x = nesterov ? M_new * beta1 + x * rest1 : M_new;
       x = x * after;
       if constexpr (std::is_same_v<M, float> && std::is_same_v<P, bf16>) x = short_nan(x);
     }
     if (decays) x = x + weight * shrink;
-    if (moves) store_part<PAIRS>(p, k, weight - x, stochastic, weights);
+    if (PLAIN || moves) store_part<PAIRS, PLAIN, PLAIN && !momentum>(p, k, weight - x, stochastic, weights);
     if (scaled) {
       const Part written = load_part<PAIRS>(p, k);
-      new_sq.part[k] += sum(written * written);
-      if (check) old_sq.part[k] += sum(weight * weight);
+      written_sq.part[k] += sum(written * written);
     }
   };
 
-  // One run of elements: a row of a matrix, or a segment of a full V.
-  const auto run = [&](int64_t offset, int64_t count, const float* b, float factor) __attribute__((always_inline)) {
+  // One run of elements: a row of a matrix, or a segment of a full V. Returns the sum of p^2 as written, in the order of
+  // sum_of_squares.
+  const auto run = [&](int64_t offset, int64_t count, const B* b, float factor) __attribute__((always_inline)) {
     P* p = static_cast<P*>(task.p) + offset;
     const G* g = static_cast<const G*>(task.g) + offset;
     M* m = past(static_cast<M*>(task.m), offset);
-    float* v = FACTORED ? nullptr : task.r + offset;
+    V* v = past(reinterpret_cast<V*>(FACTORED ? nullptr : task.r), offset);
     const F32 scale = all(factor);
-    double now = 0, before = 0;  // in the order of sum_of_squares
+    double param_sq = 0;
     for (int64_t start = 0; start < count; start += SEGMENT) {
       const int64_t stop = start + SEGMENT < count ? start + SEGMENT : count;
-      Sums old_sq, new_sq;
       weights.begin(task.first + offset + start, stop - start);
       averages.begin(task.first + offset + start, stop - start);
-      for (int64_t j = start; j < stop; j += BLOCK) {
-        fetch<BLOCK * sizeof(P)>(p + j + AHEAD / sizeof(P));
-        fetch<BLOCK * sizeof(G)>(g + j + AHEAD / sizeof(G));
+      Sums lanes;
+      int64_t j = start;
+      if (simple && weights.plain() && averages.plain())
+        for (; j + BLOCK <= stop; j += BLOCK)
+          EACH_PART(k) update(std::true_type(), p + j, g + j, past(m, j), past(v, j), past(b, j), scale, k, lanes);
+      for (; j < stop; j += BLOCK) {
         const Cut<P> cut_p(p + j, stop - j);
         const Cut<const G> cut_g(g + j, stop - j);
         const Cut<M> cut_m(past(m, j), stop - j);
-        if constexpr (FACTORED) {
-          EACH_PART(k) update(cut_p.at, cut_g.at, cut_m.at, nullptr, b + j, scale, k, old_sq, new_sq);
-        } else {
-          const Cut<float> cut_v(v + j, stop - j, 1);
-          EACH_PART(k) update(cut_p.at, cut_g.at, cut_m.at, cut_v.at, nullptr, scale, k, old_sq, new_sq);
-          cut_v.put_back();
-        }
+        const Cut<V> cut_v(past(v, j), stop - j, 1);
+        EACH_PART(k) update(std::false_type(), cut_p.at, cut_g.at, cut_m.at, cut_v.at, past(b, j), scale, k, lanes);
         cut_p.put_back();
         cut_m.put_back();
+        cut_v.put_back();
       }
-      if (scaled) {
-        now += new_sq.total();
-        before += old_sq.total();
-      }
+      if (scaled) param_sq += lanes.total();
     }
-    sums.param_sq += now;
-    sums.old_param_sq += before;
+    return param_sq;
   };
 
-  sums.param_sq = sums.old_param_sq = 0;
+  double param_sq = 0;
   if constexpr (FACTORED) {
     const float* b = job.b + strip.matrix * job.padded;
     for (int64_t i = strip.begin; i < strip.end; ++i) {
       const int64_t row = strip.matrix * task.rows + i;
       const float R = job.new_r[row];
       const float a = (float)(matrix.root_mean_row / __builtin_sqrtf(R));
-      run(row * task.cols, task.cols, b, a * matrix.scale);
+      param_sq += run(row * task.cols, task.cols, b, a * matrix.scale);
       task.r[row] = R;
     }
   } else {
-    run(strip.begin, strip.end - strip.begin, nullptr, matrix.scale);
+    param_sq = run(strip.begin, strip.end - strip.begin, static_cast<const B*>(nullptr), matrix.scale);
   }
+  job.strip[index].param_sq = param_sq;
 }
 
 // The instances, by the formats of p, g and m. cpu.py asks for these mixtures only.

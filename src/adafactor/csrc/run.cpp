@@ -112,12 +112,37 @@ int64_t scratch_alone(const Job& job, int64_t phases) {
   return size.used;
 }
 
+// Of the weights, at places spread evenly over them: whoever changes all of them changes it.
+uint32_t fingerprint(const Task& task) {
+  constexpr int64_t PLACES = 16, WORDS = 8;
+  const auto mix = [](uint64_t word) {
+    word *= 0x9E3779B97F4A7C15u;
+    return word ^ word >> 29;
+  };
+  const int64_t bytes = elements(task) * (task.p_format == FLOAT32 ? 4 : 2);
+  const int64_t each = std::min<int64_t>(bytes, WORDS * 8), last = bytes - each;
+  uint64_t lane[WORDS] = {};
+  for (int64_t k = 0; k < PLACES; ++k) {
+    uint64_t word[WORDS] = {};
+    memcpy(word, static_cast<const char*>(task.p) + last * k / (PLACES - 1), each);
+    for (int i = 0; i < WORDS; ++i) lane[i] = mix(lane[i] ^ word[i]);
+  }
+  uint64_t all = 0;
+  for (uint64_t one : lane) all = mix(all ^ one);
+  return (uint32_t)(all >> 32);
+}
+
 // The schedule: _schedule.py
 
 void schedule(Job& job) {
   Task& task = *job.task;
-  for (int64_t k = 0; k < task.matrices && task.known; ++k)
-    if (!std::isfinite(task.param_sq[k])) task.known = 0;  // no step follows from it, so none could find it outdated
+  if (task.param_sq) {  // tensors that autograd did not see change may have changed nevertheless
+    const uint32_t seen = fingerprint(task);
+    task.known = task.known && memcmp(&seen, task.param_sq + task.matrices, sizeof seen) == 0;
+    memcpy(task.param_sq + task.matrices, &seen, sizeof seen);
+    for (int64_t k = 0; k < task.matrices && task.known; ++k)
+      if (!std::isfinite(task.param_sq[k])) task.known = 0;  // or one NaN, put right since, would stop it for good
+  }
   const double t = (double)*task.step + 1;
   if (!std::isnan(task.beta2)) {
     job.beta2 = task.beta2 * (1 - std::pow(task.beta2, t - 1)) / (1 - std::pow(task.beta2, t));
@@ -148,7 +173,7 @@ void add_up(Job& job) {
     }
     if (task.param_sq && !task.known) task.param_sq[k] = (float)sum.param_sq;
     const float param_sq = task.param_sq ? task.param_sq[k] : 0;
-    job.matrix[k] = {(float)sum.grad_sq, (float)sum.row_sum, (float)sum.update_sq, param_sq, 0, 0, 0, 0};
+    job.matrix[k] = {(float)sum.grad_sq, (float)sum.row_sum, (float)sum.update_sq, param_sq};
   }
 }
 
@@ -168,7 +193,7 @@ void get_sums(Job& job) {
   const int64_t n = task.matrices;
   for (int64_t k = 0; k < n; ++k) {
     const float second = task.sums[n + k], param_sq = task.param_sq ? task.sums[2 * n + k] : 0;
-    job.matrix[k] = {task.sums[k], second, second, param_sq, 0, 0, 0, 0};
+    job.matrix[k] = {task.sums[k], second, second, param_sq};
   }
 }
 
@@ -211,6 +236,8 @@ void settle(Job& job) {
     const double lr = std::isnan(task.lr) ? rho : task.lr;
     const double factors[] = {lr, alpha, 1, rho * rho};
     matrix.shrink = (float)(task.weight_decay * factors[task.decay]);
+    // Half a spacing of float32 at the largest bfloat16 is 2^103; decay alone never takes a weight beyond itself.
+    matrix.tame = alpha * rms_U * std::sqrt(n * m * task.matrices) < 0x1p100 && matrix.shrink <= 1;
   }
   job.moves = job.ok && rho != 0;
   if (job.ok) {
@@ -231,14 +258,12 @@ void finish(Job& job) {
   if (task.factored) memcpy(task.c, job.new_c, task.matrices * task.cols * sizeof(float));
   if (!task.param_sq) return;
   for (int64_t k = 0; k < task.matrices; ++k) {
-    double now = 0, before = 0;
-    for (int64_t s = k * job.strips_each; s < (k + 1) * job.strips_each; ++s) {
-      now += job.strip[s].param_sq;
-      before += job.strip[s].old_param_sq;
-    }
-    if (task.known && (float)before != task.param_sq[k]) task.known = 2;
-    task.param_sq[k] = (float)now;
+    double sum = 0;
+    for (int64_t s = k * job.strips_each; s < (k + 1) * job.strips_each; ++s) sum += job.strip[s].param_sq;
+    task.param_sq[k] = (float)sum;
   }
+  const uint32_t left = fingerprint(task);
+  memcpy(task.param_sq + task.matrices, &left, sizeof left);
 }
 
 // Scheduling

@@ -12,7 +12,7 @@ struct Task {
   const void* g;
   float* sums;    // between a sweep and an apply that are called apart: the plan's sums, in the plan's order
   float* new_r;   // and the new R
-  int64_t known;  // in: whether param_sq holds; out: 2 where somebody had changed p nevertheless
+  int64_t known;  // whether param_sq holds, for all that autograd knows
   double lr;      // NaN: the paper's
 
   void* p;
@@ -21,7 +21,8 @@ struct Task {
   float* c;         // C, [matrices, cols]
   float* step;      // []
   float* report;    // updates, clipped, skipped; then RMS(U) and alpha, [matrices] each
-  float* param_sq;  // sum of p^2, [matrices], as the last write left it; null where the step is not scaled by RMS(p)
+  float* param_sq;  // null where the step is not scaled by RMS(p); else, as the last write left p, the sum of p^2,
+                    // [matrices], and then p's fingerprint
 
   int64_t matrices, rows, cols;
   int64_t first;  // what stochastic rounding counts as the index of the first element
@@ -35,16 +36,17 @@ struct Task {
 
 // What one strip adds to its matrix's sums.
 struct StripSums {
-  double grad_sq, row_sum, update_sq, param_sq, old_param_sq;
+  double grad_sq, row_sum, update_sq, param_sq;
 };
 
 // A matrix's sums, and what follows from them.
 struct Matrix {
   float grad_sq, row_sum, update_sq, param_sq;
-  double root_mean_row;  // sqrt(mean(R))
-  float scale;           // of U: 1 / clip, the sign of `maximize`, and alpha unless momentum averages U itself
-  float after;           // of the step: alpha where momentum averages U itself, else 1
-  float shrink;          // the share of p that weight decay takes
+  double root_mean_row = 0;  // sqrt(mean(R))
+  float scale = 0;           // of U: 1 / clip, the sign of `maximize`, and alpha unless momentum averages U itself
+  float after = 0;           // of the step: alpha where momentum averages U itself, else 1
+  float shrink = 0;          // the share of p that weight decay takes
+  bool tame = false;         // whether, without momentum, no weight can leave the finite range by its rounding
 };
 
 // A task under way. A strip is a run of whole rows of one matrix (of elements of a full V), a chunk a run of columns. How

@@ -65,6 +65,17 @@ INLINE bool flag(bool x) {
 
 INLINE U32 choose(U32 mask, U32 yes, U32 no) { return no ^ (mask & (yes ^ no)); }
 
+// The lower half of each word from the one, the upper from the other.
+INLINE U32 upper_halves(U32 low, U32 high) {
+#if defined(__AVX512BW__)
+  return (U32)_mm512_mask_blend_epi16(0xAAAAAAAAu, (__m512i)low, (__m512i)high);
+#elif defined(__AVX2__)
+  return (U32)_mm256_blend_epi16((__m256i)low, (__m256i)high, 0xAA);
+#else
+  return (low & 0xFFFFu) | (high & 0xFFFF0000u);
+#endif
+}
+
 INLINE bool any(U32 mask) {
 #if defined(__AVX512BW__)
   return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask);
