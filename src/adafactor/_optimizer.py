@@ -253,16 +253,18 @@ class Adafactor(Optimizer):
                     g = p.grad
                     if g is None:
                         continue
-                    slot = self._slot(p, hyper)
-                    if g.layout is not torch.strided:
-                        _refuse_sparse(slot.plan.name)
-                    task = slot.task
-                    task.hyper, task.g, task.lr, task.state = hyper, g, lr, self.state[p]
-                    slot.served = serving(slot.choice, task)
+                    slot = self._slots.get(p)
+                    if slot is None or not slot.take(hyper, g, self.state.get(p)):
+                        slot = self._slot(p, hyper)
+                        if g.layout is not torch.strided:
+                            _refuse_sparse(slot.plan.name)
+                        slot.task.hyper, slot.task.g, slot.task.state = hyper, g, self.state[p]
+                        slot.served = serving(slot.choice, slot.task)
+                    slot.task.lr = lr
                     backend = slot.served.backend
                     if backend.name not in batches:
                         batches[backend.name] = backend, []
-                    batches[backend.name][1].append(task)
+                    batches[backend.name][1].append(slot.task)
                     if not updated or updated[-1] is not group:
                         updated.append(group)
             for backend, batch in batches.values():
@@ -400,6 +402,17 @@ class _Slot:
     choice: Choice
     served: Choice  # the choice, or what took its place at the last step
     task: Task
+
+    def take(self, hyper: Hyper, g: Tensor, state: dict[str, Any] | None) -> bool:
+        """Give the task this step's gradient, if the backend is ready for it: if all else is as it was."""
+        task = self.task
+        if task.state is not state or task.hyper is not hyper or self.served is not self.choice:
+            return False
+        task.g = g
+        if self.choice.backend.ready(task):
+            return True
+        task.let_go()
+        return False
 
 
 def _key(p: Tensor, hyper: Hyper) -> tuple:

@@ -96,17 +96,21 @@ class Kept:
     Attributes:
         param_sq: the sums of p^2 that its last write of p left, which hold while nobody else writes to p, and p's
             fingerprint then.  # [matrices + 1]
-        mark: p's address and version then.
+        version: p's version then.
         prepared: the backend's own.
     """
 
     param_sq: Tensor | None = None
-    mark: tuple[int, int] | None = None
+    version: int | None = None
     prepared: Any = None
 
 
 class Backend(Protocol):
     name: str
+
+    def ready(self, task: Task) -> bool:
+        """Whether it took the task before and nothing but values has changed since."""
+        ...
 
     def refuses(self, task: Task) -> str | None:
         """Why it cannot take the task as it stands, or None."""

@@ -10,8 +10,10 @@ import ctypes
 import importlib.util
 import math
 import struct
-from collections.abc import Sequence
+from array import array
+from collections.abc import Callable, Sequence
 from functools import lru_cache
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +25,8 @@ from adafactor.backends import Task
 
 name = "cpu"
 
-_NOW = struct.Struct("4q d")  # the part of a task that changes from step to step
+_NOW = struct.Struct("4q d")  # the part of a task that changes from step to step: zeros until a run fills it in
+_G, _SUMS, _ROWS, _KNOWN, _LR = range(5)
 _PREPARED = struct.Struct("7q 9q 7q 8d 4i")
 _TASK_BYTES = _NOW.size + _PREPARED.size
 _SWEEP, _APPLY = 1, 2
@@ -93,17 +96,26 @@ def refuses_parameter(plan: TensorPlan, p: Tensor) -> str | None:
     return None if p.data_ptr() else "it has no memory"
 
 
+def ready(task: Task) -> bool:
+    """Whether the kernels can take the task because nothing but values has changed since they last did."""
+    prepared = task.kept.prepared
+    return prepared is not None and prepared.holds(task)
+
+
 def refuses(task: Task) -> str | None:
     """Why the kernels cannot take this task, or None: its gradient, or tensors that were exchanged by hand."""
-    g, prepared = task.g, task.kept.prepared
-    if prepared is None or not prepared.holds(task):
-        refusal = _refuses_tensors(task)
-        if refusal:
-            return refusal
-        task.kept.prepared = _prepare(task)
+    g, kept = task.g, task.kept
+    refusal = _refuses_tensors(task)
+    if refusal:
+        return refusal
     if not g.is_contiguous() or g.is_neg():
         return "its gradient is not contiguous"
-    return None if g.data_ptr() else "its gradient has no memory"
+    if not g.data_ptr():
+        return "its gradient has no memory"
+    if kept.prepared is None or kept.prepared.weights != task.p.data_ptr():
+        kept.version = None
+    kept.prepared = _prepare(task)
+    return None
 
 
 def _refuses_tensors(task: Task) -> str | None:
@@ -145,7 +157,8 @@ def _run(tasks: Sequence[Task], phases: int, instructions: int = 0) -> None:
     functions, count, threads = _library().functions, len(tasks), torch.get_num_threads()
     if not count:
         return
-    table = bytearray().join(map(_packed, tasks))
+    versions = [None if task.p.is_inference() else task.p._version for task in tasks]
+    table = _table(tasks, versions)
     address = ctypes.addressof(ctypes.c_char.from_buffer(table))
     sizes = ctypes.c_void_p(address), ctypes.c_int64(count), ctypes.c_int64(phases)
     size = functions.adafactor_workspace(*sizes, ctypes.c_int64(threads))
@@ -153,39 +166,53 @@ def _run(tasks: Sequence[Task], phases: int, instructions: int = 0) -> None:
     place = ctypes.c_void_p(workspace.data_ptr())
     functions.adafactor_run(*sizes, place, ctypes.c_int64(threads), ctypes.c_int64(instructions))
     if phases & _APPLY:
-        _after_write(tasks)
+        _after_write(tasks, versions)
 
 
-def _packed(task: Task) -> bytes:
-    kept, sums, rows, lr = task.kept, task.sums, task.rows, task.lr
-    now = _NOW.pack(
-        task.g.data_ptr(),
-        sums["grad_sq"].data_ptr() if sums else 0,
-        0 if rows is None else rows.data_ptr(),
-        kept.mark is not None and kept.mark == _mark(task.p),
-        math.nan if lr is None else float(lr),
+def _table(tasks: Sequence[Task], versions: list[int | None]) -> bytearray:
+    """The tasks as `csrc/task.h` has them, filled in column by column: that is quick where they are thousands."""
+    table = bytearray().join([task.kept.prepared.packed for task in tasks])
+    words, numbers = memoryview(table).cast("q"), memoryview(table).cast("d")
+    each = _TASK_BYTES // 8
+    words[_G::each] = array("q", [task.g.data_ptr() for task in tasks])
+    if tasks[0].sums:
+        words[_SUMS::each] = array("q", [task.sums["grad_sq"].data_ptr() for task in tasks])
+        words[_ROWS::each] = array("q", [0 if task.rows is None else task.rows.data_ptr() for task in tasks])
+    words[_KNOWN::each] = array(
+        "q", [task.kept.version == now is not None for task, now in zip(tasks, versions, strict=True)]
     )
-    return now + kept.prepared.packed
+    numbers[_LR::each] = array("d", [_number(task.lr) for task in tasks])
+    return table
 
 
 class _Prepared(NamedTuple):
     """The part of a task that stays the same, and what must be as it was for that."""
 
     hyper: Hyper
-    numel: int
+    shape: torch.Size
     gradient_dtype: torch.dtype
     weights: int  # address of p
-    state: list[tuple[str, Tensor, int]]  # and each tensor's address
+    state: tuple[Tensor, ...]
+    addresses: tuple[int, ...]  # of the state
+    state_of: Callable[[dict[str, Tensor]], tuple[Tensor, ...]]
     packed: bytes
 
     def holds(self, task: Task) -> bool:
-        g, state = task.g, task.state
-        if task.hyper is not self.hyper or g.dtype is not self.gradient_dtype or g.numel() != self.numel:
-            return False
-        for name, tensor, address in self.state:
-            if state[name] is not tensor or tensor.data_ptr() != address:
-                return False
-        return task.p.data_ptr() == self.weights
+        p, g = task.p, task.g
+        return (
+            task.hyper is self.hyper
+            and p.data_ptr() == self.weights
+            and p.shape == self.shape
+            and p.is_contiguous()
+            and g.dtype is self.gradient_dtype
+            and g.layout is torch.strided
+            and g.shape == self.shape
+            and g.is_contiguous()
+            and not g.is_neg()
+            and g.data_ptr() != 0
+            # `state` keeps those tensors alive, so that no others can stand at their addresses.
+            and tuple(map(Tensor.data_ptr, self.state_of(task.state))) == self.addresses
+        )
 
 
 def _prepare(task: Task) -> _Prepared:
@@ -215,8 +242,10 @@ def _prepare(task: Task) -> _Prepared:
         *task.streams.weights,
         *task.streams.momentum,
     )
-    state = [(name, tensor, tensor.data_ptr()) for name, tensor in tensors.items()]
-    return _Prepared(hyper, p.numel(), task.g.dtype, p.data_ptr(), state, packed)
+    state_of = itemgetter(*tensors)
+    state = state_of(tensors)
+    addresses = tuple(map(Tensor.data_ptr, state))
+    return _Prepared(hyper, p.shape, task.g.dtype, p.data_ptr(), state, addresses, state_of, bytes(_NOW.size) + packed)
 
 
 def _geometry(plan: TensorPlan) -> tuple[int, int, int, int]:
@@ -226,9 +255,6 @@ def _geometry(plan: TensorPlan) -> tuple[int, int, int, int]:
 
 @lru_cache
 def _modes(hyper: Hyper) -> tuple:
-    def number(value: float | None) -> float:
-        return math.nan if value is None else value
-
     return (
         hyper.relative_step,
         hyper.warmup_init,
@@ -238,22 +264,22 @@ def _modes(hyper: Hyper) -> tuple:
         _DECAY[hyper.weight_decay_mode],
         hyper.rounding == "stochastic",
         *hyper.eps,
-        number(hyper.clip_threshold),
+        _number(hyper.clip_threshold),
         hyper.decay_rate,
-        number(hyper.beta1),
-        number(hyper.beta2),
-        number(hyper.beta2_cap),
+        _number(hyper.beta1),
+        _number(hyper.beta2),
+        _number(hyper.beta2_cap),
         hyper.weight_decay,
     )
 
 
-def _mark(p: Tensor) -> tuple[int, int] | None:
-    return None if p.is_inference() else (p.data_ptr(), p._version)
+def _number(value: float | Tensor | None) -> float:
+    return math.nan if value is None else float(value)
 
 
-def _after_write(tasks: Sequence[Task]) -> None:
+def _after_write(tasks: Sequence[Task], versions: list[int | None]) -> None:
     """Autograd learns that the weights have changed; RMS(p) is known until somebody else changes them."""
-    torch.autograd.graph.increment_version([task.p for task in tasks if not task.p.is_inference()])
-    for task in tasks:
-        if task.hyper.scale_parameter:
-            task.kept.mark = _mark(task.p)
+    written = [(task, version) for task, version in zip(tasks, versions, strict=True) if version is not None]
+    torch.autograd.graph.increment_version([task.p for task, _ in written])
+    for task, version in written:
+        task.kept.version = version + 1

@@ -213,7 +213,7 @@ INLINE U32 rounded_to(f16*, Part x, Bits bits) {
 INLINE U32 nearest_to(bf16*, Part x) { return halves(bf16_nearest(x.a), bf16_nearest(x.b)); }
 INLINE U32 nearest_to(f16*, Part x) { return halves(f16_nearest(x.a), f16_nearest(x.b)); }
 
-// PLAIN: rounding is stochastic, with draws that are plain.
+// PLAIN: the draws are.
 template <bool PAIRS, bool PLAIN, bool TAME, class T>
 INLINE void store_part(T* block, int k, Part x, bool stochastic, Draws& draws) {
   if constexpr (!PAIRS) {
@@ -223,7 +223,7 @@ INLINE void store_part(T* block, int k, Part x, bool stochastic, Draws& draws) {
     store(block + (2 * k + 1) * WIDTH, zip_high(x.a, x.b));
   } else {
     store(block + 2 * k * WIDTH,
-          PLAIN || stochastic ? rounded_to<TAME>(block, x, draws.next<PLAIN>()) : nearest_to(block, x));
+          stochastic ? rounded_to<TAME>(block, x, draws.next<PLAIN>()) : nearest_to(block, x));
   }
 }
 

@@ -270,7 +270,7 @@ void apply(Job& job, int64_t index) {
   constexpr bool momentum = !std::is_same_v<M, nothing>;
   const bool scaled = flag(task.param_sq), stochastic = flag(task.stochastic), nesterov = flag(task.nesterov);
   const bool moves = flag(job.moves), decays = flag(matrix.shrink != 0);
-  const bool simple = moves && (stochastic || !(NARROW<P> || NARROW<M>)) && (momentum || matrix.tame);
+  const bool simple = moves && (momentum || matrix.tame);
   const F32 beta1 = all((float)task.beta1), rest1 = all((float)(1 - task.beta1));
   const F32 after = all(matrix.after), shrink = all(matrix.shrink);
   const SecondMoment moment(job);
