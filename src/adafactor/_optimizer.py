@@ -17,7 +17,7 @@ from adafactor import _state
 from adafactor._hyper import DEFAULTS, Hyper, Lr, caller_level, check_lr, dtype_name, resolve
 from adafactor._plan import TensorPlan, View, check_parameter, resolve_factor, tensor_plan, view_of
 from adafactor._reports import Diagnostics, Explanation, diagnostics_of, explanation_of
-from adafactor._rounding import stream_key
+from adafactor._rounding import join_weight, stream_key
 from adafactor._schedule import exact, rho_at
 from adafactor.backends import (
     NO_GRADIENT,
@@ -61,7 +61,8 @@ class Adafactor(Optimizer):
         beta2: a fixed beta2 in [0, 1), bias-corrected as in Adam, in place of decay_rate (default: None)
         beta2_cap: an upper bound in [0, 1) on beta2_t (default: None)
         momentum_mode: "scaled" averages the steps alpha U, "unscaled" averages U (default: "scaled")
-        momentum_dtype: torch.float32 or torch.bfloat16 (default: torch.float32)
+        momentum_dtype: torch.float32, torch.bfloat16, or torch.int8: one byte and a scale for every 128 of a row, where
+            a parameter is factored (default: torch.float32)
         nesterov: subtract beta1 M + (1 - beta1) alpha U in place of M (default: False)
         weight_decay_mode: p shrinks by weight_decay times "lr", "scaled_lr" (the whole step size), "independent" (1) or
             "lr_squared" (default: "lr")
@@ -71,7 +72,8 @@ class Adafactor(Optimizer):
         rms_scope: RMS(U) and RMS(p) per "matrix" of a stack or of the whole "tensor" (default: "matrix")
         maximize: ascend (default: False)
         rounding: "stochastic" or "nearest", for 16-bit weights and momentum (default: "stochastic")
-        weight_bits: not built yet (default: None)
+        weight_bits: 24 or 32 keeps that many bits of bfloat16 weights, the missing ones in the state, in place of
+            `rounding`; wider weights have them already, float16 ones are refused (default: None)
         seed: of the stochastic rounding (default: 0)
         backend: "auto", "reference" or "cpu" (default: "auto"); `explain()` says which
             one serves each parameter, and why
@@ -229,6 +231,15 @@ class Adafactor(Optimizer):
         """
         self._rebuild()
         return {slot.plan.name: diagnostics_of(slot.report) for slot in self._slots.values()}
+
+    def full_precision_weights(self) -> dict[str, Tensor]:
+        """Copies of all weights by name, for export or evaluation: float32 where `weight_bits` keeps missing bits."""
+        self._rebuild()
+        weights = {}
+        for p, slot in self._slots.items():
+            planes = [self.state[p][plane] for plane in slot.plan.planes if p in self.state]
+            weights[slot.plan.name] = join_weight(p.detach(), *planes) if planes else p.detach().clone()
+        return weights
 
     def step_in_backward(self, accumulation_steps: int = 1) -> Any:
         """Not built yet: update parameters during backward and free their gradients."""
@@ -418,7 +429,7 @@ class _Slot:
 def _key(p: Tensor, hyper: Hyper) -> tuple:
     """What a parameter's plan and stream were made from."""
     momentum = hyper.momentum_dtype if hyper.momentum else None
-    structure = hyper.factor, hyper.min_dim_size_to_factor, hyper.rms_scope, hyper.scale_parameter
+    structure = hyper.factor, hyper.min_dim_size_to_factor, hyper.rms_scope, hyper.scale_parameter, hyper.weight_bits
     return _form(p), momentum, structure, hyper.seed
 
 
