@@ -393,15 +393,6 @@ def test_a_bad_gradient_leaves_every_bit_as_it_is(backend: str):
 # What rounding to nearest loses
 
 
-def test_nearest_rounding_at_a_learning_rate_that_it_swallows_is_warned_of():
-    p = parameter(torch.full((40, 50), 0.02).bfloat16())
-    with pytest.warns(UserWarning, match=r"rounding='nearest'.*lr=1e-05.*100 %.*rounding='stochastic'.*weight_bits=24"):
-        Adafactor([p], lr=1e-5, rounding="nearest")
-    for fine in ({"lr": 1e-2}, {"lr": 0.0}, {"lr": 1e-5, "weight_bits": 24}, {"lr": 0.1, "scale_parameter": True}):
-        Adafactor([p], rounding="nearest", **fine)
-    Adafactor([parameter(p.float())], lr=1e-5, rounding="nearest")
-
-
 @each_backend
 @pytest.mark.filterwarnings("ignore:rounding='nearest' loses updates")
 def test_updates_below_the_spacing_survive(backend: str):
