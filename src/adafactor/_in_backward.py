@@ -46,7 +46,7 @@ class InBackward:
         self._accumulation_steps = _checked_steps(accumulation_steps)
         self._lock = threading.RLock()  # the engine has a thread for each device
         # Parameters go by id: swap_tensors refuses tensors with weak references, and strong ones would keep them alive.
-        self._hooks: dict[int, RemovableHandle] = {}
+        self._hooks: dict[int, tuple[RemovableHandle, int]] = {}  # and the tensor behind the Python object
         self._places: dict[int, int] = {}  # the group of each parameter
         self._hook = functools.partial(_arrived, weakref.ref(self))
         self._finalizer: weakref.finalize | None = None
@@ -102,9 +102,8 @@ class InBackward:
         _live.remove(self)
         if self._finalizer is not None:
             self._finalizer.detach()
-        for hook in self._hooks.values():
-            hook.remove()
-        self._hooks.clear()
+        for key in list(self._hooks):
+            self._unhook(key)
         optimizer = self._optimizer()
         if optimizer is not None and optimizer._in_backward is self:
             optimizer._in_backward = None
@@ -128,14 +127,21 @@ class InBackward:
             for p in group["params"]:
                 places.setdefault(id(p), index)
                 if p.requires_grad and not self.watches(p) and not is_lazy(p):
-                    self._hooks[id(p)] = p.register_post_accumulate_grad_hook(self._hook)
+                    if p._post_accumulate_grad_hooks:  # swap_tensors leaves Python's half of a hook behind
+                        p._post_accumulate_grad_hooks = p._post_accumulate_grad_hooks
+                    self._unhook(id(p))
+                    self._hooks[id(p)] = p.register_post_accumulate_grad_hook(self._hook), p._cdata
         for key in self._hooks.keys() - places.keys():
-            self._hooks.pop(key).remove()
+            self._unhook(key)
         self._places = places
 
     def watches(self, p: Tensor) -> bool:
-        hook = self._hooks.get(id(p))
-        return hook is not None and hook.id in (p._post_accumulate_grad_hooks or ())
+        hook, tensor = self._hooks.get(id(p), (None, 0))
+        return hook is not None and tensor == p._cdata and hook.id in (p._post_accumulate_grad_hooks or ())
+
+    def _unhook(self, key: int) -> None:
+        if key in self._hooks:
+            self._hooks.pop(key)[0].remove()
 
     def has_stepped(self, p: Tensor) -> bool:
         """In this iteration."""
