@@ -163,7 +163,7 @@ class InBackward:
                 f"{self._accumulation_steps} backward passes"
             )
         expected, passes = self._accumulation_steps, self._passes
-        if self._counted and passes not in (0, expected):
+        if passes not in (0, expected):
             raise ValueError(
                 f"optimizer.step() after {passes} backward passes with accumulation_steps={expected} (a pass that "
                 "brings none of this optimizer's parameters a gradient does not count); for a shorter group of "
