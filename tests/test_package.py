@@ -19,9 +19,9 @@ ROOT = Path(__file__).parent.parent
 LADDER = {
     "_hyper": set(),
     "_schedule": {"_hyper"},
-    "_plan": {"_hyper"},
+    "_plan": {"_hyper", "_rounding"},
     "_rounding": set(),
-    "_state": {"_hyper", "_plan"},
+    "_state": {"_hyper", "_plan", "_rounding"},
     "_reports": {"_plan", "backends"},
     "backends": {"_hyper", "_plan", "backends.cpu", "backends.reference"},  # the choice is made when it is asked for
     "backends.cpu": {"_hyper", "_plan", "backends"},

@@ -108,10 +108,6 @@ class Hyper:
         if not isinstance(self.factor, str) or not self.factor.startswith("["):  # the views that a function chose
             _choice("factor", self.factor, FACTOR_RULES)
         self._refuse_contradictions()
-        if self.weight_bits is not None:
-            raise NotImplementedError(f"weight_bits={self.weight_bits} is not built yet; use rounding='stochastic'")
-        if self.momentum and self.momentum_dtype == "int8":
-            raise NotImplementedError("momentum_dtype=torch.int8 is not built yet; use torch.bfloat16")
 
     def _refuse_contradictions(self) -> None:
         if self.warmup_init and not self.relative_step:

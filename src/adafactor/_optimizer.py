@@ -18,7 +18,7 @@ from adafactor._hyper import DEFAULTS, Hyper, Lr, caller_level, check_lr, dtype_
 from adafactor._in_backward import InBackward
 from adafactor._plan import TensorPlan, View, check_parameter, resolve_factor, tensor_plan, view_of
 from adafactor._reports import Diagnostics, Explanation, diagnostics_of, explanation_of
-from adafactor._rounding import stream_key
+from adafactor._rounding import join_weight, stream_key
 from adafactor._schedule import exact, rho_at
 from adafactor.backends import (
     NO_GRADIENT,
@@ -62,7 +62,8 @@ class Adafactor(Optimizer):
         beta2: a fixed beta2 in [0, 1), bias-corrected as in Adam, in place of decay_rate (default: None)
         beta2_cap: an upper bound in [0, 1) on beta2_t (default: None)
         momentum_mode: "scaled" averages the steps alpha U, "unscaled" averages U (default: "scaled")
-        momentum_dtype: torch.float32 or torch.bfloat16 (default: torch.float32)
+        momentum_dtype: torch.float32, torch.bfloat16, or torch.int8: one byte and a scale for every 128 of a row, where
+            a parameter is factored (default: torch.float32)
         nesterov: subtract beta1 M + (1 - beta1) alpha U in place of M (default: False)
         weight_decay_mode: p shrinks by weight_decay times "lr", "scaled_lr" (the whole step size), "independent" (1) or
             "lr_squared" (default: "lr")
@@ -72,7 +73,8 @@ class Adafactor(Optimizer):
         rms_scope: RMS(U) and RMS(p) per "matrix" of a stack or of the whole "tensor" (default: "matrix")
         maximize: ascend (default: False)
         rounding: "stochastic" or "nearest", for 16-bit weights and momentum (default: "stochastic")
-        weight_bits: not built yet (default: None)
+        weight_bits: 24 or 32 keeps that many bits of bfloat16 weights, the missing ones in the state, in place of
+            `rounding`; wider weights have them already, float16 ones are refused (default: None)
         seed: of the stochastic rounding (default: 0)
         backend: "auto", "reference" or "cpu" (default: "auto"); `explain()` says which
             one serves each parameter, and why
@@ -127,6 +129,8 @@ class Adafactor(Optimizer):
         super().__init__(params, arguments)
         self._ready = True
         self._rebuild()
+        for group in self.param_groups:
+            self._warn_of_lost_updates(group)
 
     _in_backward: InBackward | None = None  # the living handle, which copies do not have
 
@@ -154,6 +158,7 @@ class Adafactor(Optimizer):
             resolve(group)
             if self._ready:
                 self._rebuild()
+                self._warn_of_lost_updates(group)
                 if self._in_backward is not None:
                     self._in_backward.watch()
         except Exception:
@@ -254,6 +259,15 @@ class Adafactor(Optimizer):
         """
         self._rebuild()
         return {slot.plan.name: diagnostics_of(slot.report) for slot in self._slots.values()}
+
+    def full_precision_weights(self) -> dict[str, Tensor]:
+        """Copies of all weights by name, for export or evaluation: float32 where `weight_bits` keeps missing bits."""
+        self._rebuild()
+        weights = {}
+        for p, slot in self._slots.items():
+            planes = [self.state[p][plane] for plane in slot.plan.planes if p in self.state]
+            weights[slot.plan.name] = join_weight(p.detach(), *planes) if planes else p.detach().clone()
+        return weights
 
     def step_in_backward(self, accumulation_steps: int = 1) -> InBackward:
         """Update each parameter during backward, as soon as its gradient is final, and free the gradient.
@@ -441,6 +455,27 @@ class Adafactor(Optimizer):
         task = Task(plan, hyper, p, NO_GRADIENT, {}, None, streams, report, kept)
         return _Slot(key, hyper, plan, names, report, kept, choice, served, task)
 
+    def _warn_of_lost_updates(self, group: dict[str, Any]) -> None:
+        """Where rounding to nearest loses nearly every update: one of lr is below half a spacing of the weights."""
+        lr, hyper = group["lr"], Hyper.of(group)
+        if hyper.rounding != "nearest" or hyper.scale_parameter or isinstance(lr, Tensor) or not lr:
+            return
+        lost = seen = 0
+        for p in group["params"]:
+            slot = self._slots.get(p)
+            if slot and p.dtype in (torch.bfloat16, torch.float16) and not slot.plan.planes:
+                some = p.detach().reshape(-1)[:: max(1, p.numel() // 1000)].double().abs()
+                some = some[some.isfinite()]
+                spacing = 2.0 ** some.log2().floor() * torch.finfo(p.dtype).eps
+                lost += int((lr < spacing / 2).sum())
+                seen += len(some)
+        if lost > seen / 2:
+            warnings.warn(
+                f"rounding='nearest' loses updates of lr={lr:g}: {100 * lost / seen:.0f} % of the 16-bit weights are "
+                "spaced by more than twice that; use rounding='stochastic' (the default) or weight_bits=24",
+                stacklevel=caller_level(),
+            )
+
     def _forget_removed(self) -> None:
         """Drop the state of parameters that are no longer in any group: they were swapped for others."""
         alive = set(self._parameters())
@@ -489,7 +524,7 @@ class _Slot:
 def _key(p: Tensor, hyper: Hyper) -> tuple:
     """What a parameter's plan and stream were made from."""
     momentum = hyper.momentum_dtype if hyper.momentum else None
-    structure = hyper.factor, hyper.min_dim_size_to_factor, hyper.rms_scope, hyper.scale_parameter
+    structure = hyper.factor, hyper.min_dim_size_to_factor, hyper.rms_scope, hyper.scale_parameter, hyper.weight_bits
     return _form(p), momentum, structure, hyper.seed
 
 

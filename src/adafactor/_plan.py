@@ -25,6 +25,7 @@ from adafactor._hyper import (
     dtype_of,
     resolve,
 )
+from adafactor._rounding import MOMENTUM_BLOCK, PLANES
 
 Axes = tuple[int, ...]
 Shape = tuple[int, ...]
@@ -72,6 +73,7 @@ class TensorPlan:
         sums: the partial sums that one sweep over the gradient leaves behind, `[matrices]` or
             `[matrices, columns]` each. Where a matrix is split over devices, these are what crosses the mesh.
         shared_rms: RMS(U) and RMS(p) are taken over the whole tensor, not matrix by matrix.
+        planes: the state tensors that keep the missing bits of the weights, of which there may be none.
     """
 
     name: str
@@ -81,6 +83,7 @@ class TensorPlan:
     state: tuple[TensorSpec, ...]
     sums: tuple[TensorSpec, ...]
     shared_rms: bool
+    planes: tuple[str, ...]
 
     @property
     def factored(self) -> bool:
@@ -103,6 +106,18 @@ class TensorPlan:
         return _compute_dtype(self.dtype)
 
     @property
+    def row_axes(self) -> Axes:
+        """The axes of a row statistic, in the view's order."""
+        assert self.view is not None
+        return self.view.batch + self.view.rows
+
+    @property
+    def col_axes(self) -> Axes:
+        """The axes of a column statistic, in the view's order."""
+        assert self.view is not None
+        return self.view.batch + self.view.cols
+
+    @property
     def nbytes(self) -> int:
         """Bytes of optimizer state, as allocated."""
         return sum(spec.nbytes for spec in self.state)
@@ -118,8 +133,17 @@ class TensorPlan:
 def tensor_plan(
     name: str, shape: Sequence[int], dtype: torch.dtype | str, hyper: Hyper, view: View | None
 ) -> TensorPlan:
-    """The plan of one parameter whose view has been chosen (by `choose_view`)."""
+    """The plan of one parameter whose view has been chosen (by `choose_view`).
+
+    Raises:
+        ValueError: for a float16 parameter where `weight_bits` is set; wider ones have those bits already.
+    """
     shape, dtype = tuple(shape), dtype_name(dtype)
+    if hyper.weight_bits and dtype == "float16":
+        raise ValueError(
+            f"weight_bits={hyper.weight_bits} keeps the missing bits of bfloat16 weights, and parameter {name!r} is "
+            "float16; convert it to bfloat16, or put it into a group with weight_bits=None"
+        )
     compute = dtype_name(_compute_dtype(dtype))
     state = [TensorSpec("step", (), "float32")]
     if view is None:
@@ -132,8 +156,15 @@ def tensor_plan(
         sums = {"grad_sq": (matrices,), "row_sum": (matrices,), "param_sq": (matrices,)}
         sums |= {"col_sq": (matrices, cols), "col_ratio": (matrices, cols)}
     if hyper.momentum:
-        momentum_dtype = compute if hyper.momentum_dtype == "float32" else hyper.momentum_dtype
-        state.append(TensorSpec("exp_avg", shape, momentum_dtype))
+        kept = hyper.momentum_dtype
+        if kept == "float32" or (kept == "int8" and view is None):
+            kept = compute  # one byte needs rows to share scales along
+        state.append(TensorSpec("exp_avg", shape, kept))
+        if kept == "int8" and view is not None:
+            blocks = -(-math.prod(shape[axis] for axis in view.cols) // MOMENTUM_BLOCK)
+            state.append(TensorSpec("exp_avg_scale", (*_without(shape, view.cols), blocks), "float32"))
+    planes = PLANES[hyper.weight_bits] if hyper.weight_bits and dtype == "bfloat16" else ()
+    state += [TensorSpec(plane, shape, "uint8") for plane in planes]
     if not hyper.scale_parameter:
         del sums["param_sq"]
     return TensorPlan(
@@ -144,6 +175,7 @@ def tensor_plan(
         state=tuple(state),
         sums=tuple(TensorSpec(key, size, compute) for key, size in sums.items()),
         shared_rms=hyper.rms_scope == "tensor",
+        planes=planes,
     )
 
 

@@ -1,15 +1,24 @@
-"""Stochastic rounding: the one definition.
+"""How numbers are kept in fewer bits: stochastic rounding, split weights, momentum in one byte. The one definition.
 
-A float32 value x between two neighbours of the narrower format becomes the upper one with the probability that makes
-the result right on average. The random bits are a hash of (seed, step, parameter, global element index): replicas
-agree without talking, every sharding draws the same bits, resuming continues the stream, and the global random number
-generator is neither read nor moved. All arithmetic is on 32-bit integers, so every backend gives the same bits;
-`docs/rounding.md` lists test vectors.
+Stochastic rounding. A float32 value x between two neighbours of the narrower format becomes the upper one with the
+probability that makes the result right on average. The random bits are a hash of (seed, step, parameter, global element
+index): replicas agree without talking, every sharding draws the same bits, resuming continues the stream, and the
+global random number generator is neither read nor moved.
+
+Split weights. A float32 weight is a bfloat16 one, which the model sees, and a signed remainder, which the optimizer
+keeps in one or two bytes.
+
+Momentum in one byte. A block of values shares a scale; each is the signed square of its code, so that small ones
+survive beside large ones.
+
+All arithmetic is on 32-bit integers, or is one correctly rounded operation at a time, so every backend gives the same
+bits; `docs/rounding.md` lists test vectors.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from typing import Any, TypeVar
 
 import torch
@@ -25,6 +34,8 @@ _FORMATS = {torch.bfloat16: (16, 0x7F7F0000), torch.float16: (13, 0x477FE000)}
 _FLOAT16_SMALLEST_NORMAL = 2.0**-14
 _GOLDEN = 0x9E3779B9 - (1 << 32)  # 2^32 / golden ratio
 _INFINITY = 0x7F800000
+_QUIET_NAN = 0x7FC00000
+_SMALLEST_BLOCK = 2.0**-100
 
 
 def stream_key(seed: int, parameter: str) -> tuple[int, int]:
@@ -68,6 +79,69 @@ def round_stochastic(x: Tensor, dtype: torch.dtype, bits: Tensor) -> Tensor:
     if dtype == torch.float16:
         magnitude -= lift
     return magnitude.copysign_(x).to(dtype)
+
+
+PLANES = {24: ("weight_low",), 32: ("weight_low", "weight_lowest")}  # weight_bits: where the bytes are kept
+
+
+def split_weight(x: Tensor, bits: int) -> tuple[Tensor, ...]:
+    """A float32 tensor as bfloat16 and its missing bits, one uint8 tensor for 24 bits and two for 32.
+
+    The bfloat16 part is the nearest one, and the remainder signed. 32 bits are all of them; 24 are rounded to nearest,
+    with an error of at most 2^-16 of x above its smallest normal number. Finite numbers stay finite as a whole; those
+    beyond the largest bfloat16 plus half its spacing have an infinite bfloat16 part, as rounding to nearest would.
+    """
+    word = x.contiguous().view(torch.int32)
+    magnitude, sign = word & 0x7FFFFFFF, word & ~0x7FFFFFFF
+    if bits == 24:
+        rounded = ((magnitude + 0x80) & ~0xFF).clamp_(max=_INFINITY - 0x100)
+        magnitude = torch.where(magnitude < _INFINITY, rounded, magnitude)
+    word = torch.where(magnitude > _INFINITY, _QUIET_NAN, magnitude) | sign
+    top = (word + 0x8000) >> 16
+    remainder = word - (top << 16)  # in [-0x8000, 0x7FFF]
+    planes = [(remainder >> 8) & 0xFF, remainder & 0xFF]
+    return top.to(torch.int16).view(torch.bfloat16), *(plane.to(torch.uint8) for plane in planes[: bits // 8 - 2])
+
+
+def join_weight(p: Tensor, *planes: Tensor) -> Tensor:
+    """The float32 tensor that `split_weight` took apart."""
+    word = p.contiguous().view(torch.int16).to(torch.int32) << 16
+    word += planes[0].view(torch.int8).to(torch.int32) << 8
+    if len(planes) > 1:
+        word += planes[1]
+    return word.view(torch.float32)
+
+
+MOMENTUM_BLOCK = 128  # values of a row that share a scale
+_CODES = 127.0
+_SCALE = float(torch.tensor(1 / _CODES**2))  # as float32 has it
+
+
+def quantize(M: Tensor, bits: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Momentum in one byte.  # [rows, columns] float32 -> [rows, columns] int8, [rows, blocks] float32
+
+    M = code |code| scale, with the largest of each block at code 127 or -127. Between two neighbouring squares the
+    choice is as `round_stochastic`'s, right on average, or the nearer one where `bits` is None. A block whose largest
+    value is below 2^-100 is zero; one that is not finite becomes NaN.
+    """
+    blocks = M.abs()
+    blocks = torch.nn.functional.pad(blocks, (0, -M.shape[1] % MOMENTUM_BLOCK)).unflatten(1, (-1, MOMENTUM_BLOCK))
+    largest = blocks.amax(2, keepdim=True)
+    good = (largest >= _SMALLEST_BLOCK) & largest.isfinite()
+    scale = torch.where(largest < _SMALLEST_BLOCK, 0.0, largest * _SCALE)
+    scale = torch.where(good | (scale == 0), scale, math.inf)
+    square = (blocks * torch.where(good, 1 / scale, 0.0)).nan_to_num_(0.0).clamp_(max=_CODES**2)
+    square = square.flatten(1)[:, : M.shape[1]]
+    code = square.sqrt().floor_()
+    draw = 0.5 if bits is None else (bits + 0.5) / 65536
+    code += (square - code * code) > draw * (2 * code + 1)
+    return code.copysign_(M).to(torch.int8), scale.squeeze(2)
+
+
+def dequantize(code: Tensor, scale: Tensor) -> Tensor:
+    """Momentum from one byte.  # [rows, columns] int8, [rows, blocks] -> [rows, columns] float32"""
+    code = code.float()
+    return (code * code.abs()) * scale.repeat_interleave(MOMENTUM_BLOCK, 1)[:, : code.shape[1]]
 
 
 def _mix(word: Word, key: Word) -> Word:

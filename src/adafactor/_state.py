@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from adafactor._hyper import dtype_of
 from adafactor._plan import Shape, TensorPlan, TensorSpec, View, choose_view
+from adafactor._rounding import PLANES, dequantize, quantize
 
 State = dict[str, Tensor]
 
@@ -33,9 +34,10 @@ def carry_over(plan: TensorPlan, state: Mapping[str, Any], device: torch.device)
     What others keep there under names of their own stays.
     """
     carried = _foreign_entries(state)
+    state = _requantized(plan, state)
     for spec in plan.state:
         value = state.get(spec.name)
-        if value is None and spec.name == "exp_avg":
+        if value is None and spec.name in _STARTS_AT_ZERO:
             value = _zeros(spec, device)
         if value is None or tuple(value.shape) != spec.shape:
             raise ValueError(
@@ -68,7 +70,11 @@ def load(
             f"{has} has momentum for parameter {plan.name!r} and {lacks} has none; "
             f"build the optimizer with {fix} to load it"
         )
+    saved = _requantized(plan, saved)
     for name, spec in planned.items():
+        if name not in saved and name in plan.planes:
+            loaded[name] = _zeros(spec, device)
+            continue
         if name not in saved:
             raise ValueError(f"the checkpoint has no {name!r} for parameter {plan.name!r}; {layout.remedy}")
         value = torch.as_tensor(saved[name])
@@ -111,10 +117,12 @@ class Layout:
 
 
 _SAME = {name: name for name in ("step", "exp_avg_sq_row", "exp_avg_sq_col", "exp_avg_sq", "exp_avg")}
+_OURS = _SAME | {name: name for name in ("exp_avg_scale", *PLANES[32])}
+_STARTS_AT_ZERO = {"exp_avg", "exp_avg_scale", *PLANES[32]}
 
 # The first layout whose marks a param group carries is taken.
 LAYOUTS = (
-    Layout("", frozenset({"weight_decay_mode", "rms_scope"}), _SAME),
+    Layout("", frozenset({"weight_decay_mode", "rms_scope"}), _OURS),
     Layout(
         "timm",
         frozenset({"eps_scale", "clip_threshold"}),
@@ -231,7 +239,31 @@ def _as_planned(plan: TensorPlan, saved: dict[str, Any], momentum_mode: str, sou
 
 
 def _foreign_entries(state: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in state.items() if name not in _SAME}
+    return {name: value for name, value in state.items() if name not in _OURS}
+
+
+def _requantized(plan: TensorPlan, state: Mapping[str, Any]) -> dict[str, Any]:
+    """The state with its momentum in one byte exactly where the plan wants it so, whatever it was kept in."""
+    state = dict(state)
+    planned = {spec.name: spec for spec in plan.state}
+    is_byte, wants_byte = "exp_avg_scale" in state, "exp_avg_scale" in planned
+    if "exp_avg" not in state or is_byte == wants_byte:
+        return state
+    if plan.view is None or tuple(state["exp_avg"].shape) != plan.shape:
+        return state  # it does not fit, and who asked will say so
+    M = state["exp_avg"].permute(plan.order)
+    sizes, rows = M.shape, M.reshape(-1, plan.dims[2])
+    row_sizes, kept = [plan.shape[axis] for axis in plan.row_axes], sorted(plan.row_axes)
+    to_kept = [plan.row_axes.index(axis) for axis in kept]
+    if is_byte:
+        scale = state.pop("exp_avg_scale").permute([kept.index(axis) for axis in plan.row_axes] + [-1])
+        M = dequantize(rows, scale.reshape(len(rows), -1))
+    else:
+        M, scale = quantize(rows.float(), None)
+        state["exp_avg_scale"] = scale.view(*row_sizes, -1).permute([*to_kept, -1]).contiguous()
+    back = [plan.order.index(axis) for axis in range(len(plan.shape))]
+    state["exp_avg"] = M.view(sizes).permute(back).contiguous()
+    return state
 
 
 def _zeros(spec: TensorSpec, device: torch.device) -> Tensor:

@@ -21,7 +21,15 @@ import torch
 from torch import Tensor
 
 from adafactor._plan import Axes, Shape, TensorPlan
-from adafactor._rounding import random_bits, round_stochastic, step_key
+from adafactor._rounding import (
+    dequantize,
+    join_weight,
+    quantize,
+    random_bits,
+    round_stochastic,
+    split_weight,
+    step_key,
+)
 from adafactor._schedule import beta2_at, exact, rho_at
 from adafactor.backends import Task, allocate_sums
 
@@ -63,7 +71,7 @@ def _sweep_factored(task: Task) -> None:
     """R of this step into scratch; per column the sums of g^2 and of g^2 / R; the sums of R, g^2 and p^2."""
     plan, sums, eps1 = task.plan, task.sums, task.hyper.eps[0]
     matrices, n, m = plan.dims
-    R = _ordered(task.state["exp_avg_sq_row"], _row_axes(plan)).reshape(-1)  # [matrices * rows]
+    R = _ordered(task.state["exp_avg_sq_row"], plan.row_axes).reshape(-1)  # [matrices * rows]
     R = R * task.beta2  # a copy: nothing is committed before apply
     for block in _blocks(plan):
         b = block.matrices
@@ -76,7 +84,7 @@ def _sweep_factored(task: Task) -> None:
         sums["col_sq"][b] += G2.sum(1)
         sums["col_ratio"][b] += G2.div_(R_block[:, :, None]).sum(1)
         if "param_sq" in sums:
-            sums["param_sq"][b] += _read(plan, task.p, block).square().sum((1, 2))
+            sums["param_sq"][b] += _weights(task, block).square().sum((1, 2))
     task.rows = R.view(matrices, n)
 
 
@@ -88,7 +96,7 @@ def _sweep_full(task: Task) -> None:
         sums["grad_sq"] += G2.sum()
         sums["update_sq"] += (G2 / _full_V(task, block, G2)).sum()
         if "param_sq" in sums:
-            sums["param_sq"] += _read(plan, task.p, block).square().sum()
+            sums["param_sq"] += _weights(task, block).square().sum()
 
 
 def _apply(task: Task) -> None:
@@ -107,8 +115,8 @@ def _apply(task: Task) -> None:
     ok = (sums["grad_sq"] + rms_U + alpha).isfinite().all()
     moves = ok & (rho != 0)
 
-    for block in _blocks(plan, whole_rows=False):
-        g, p = _read(plan, task.g, block), _read(plan, task.p, block)  # [b, r, m]
+    for block in _blocks(plan, whole_rows="exp_avg_scale" in state):
+        g, p = _read(plan, task.g, block), _weights(task, block)  # [b, r, m]
         if factors:
             U = g * factors.a.view(-1)[block.rows].view(*g.shape[:2], 1)
             U *= factors.b[block.matrices, None, block.cols]
@@ -120,12 +128,11 @@ def _apply(task: Task) -> None:
         step = _descend(task, block, U, block.spread(alpha), ok)
         if hyper.weight_decay:
             p = p - p * (hyper.weight_decay * block.spread(_decay_factor(task, rho, alpha)))
-        p = _rounded(task, block, p - step, task.p.dtype, task.streams.weights)
-        _commit(_piece(plan, task.p, block), p, moves)
+        _write_weights(task, block, p - step, moves)
 
     if factors:
-        _commit(_ordered(state["exp_avg_sq_row"], _row_axes(plan)), factors.R, ok)
-        _commit(_ordered(state["exp_avg_sq_col"], _col_axes(plan)), factors.C, ok)
+        _commit(_ordered(state["exp_avg_sq_row"], plan.row_axes), factors.R, ok)
+        _commit(_ordered(state["exp_avg_sq_col"], plan.col_axes), factors.C, ok)
     state["step"] += ok
     report = task.report
     counts = report.counts
@@ -152,7 +159,7 @@ def _factors(task: Task) -> Factors:
     matrices, n, m = task.plan.dims
     sums, R = task.sums, task.rows
     assert R is not None
-    C = _ordered(task.state["exp_avg_sq_col"], _col_axes(task.plan)).reshape(matrices, m)
+    C = _ordered(task.state["exp_avg_sq_col"], task.plan.col_axes).reshape(matrices, m)
     C = task.beta2 * C + (1 - task.beta2) * (sums["col_sq"] / n + task.hyper.eps[0])
     root_mean_R = (sums["row_sum"] / n).sqrt()[:, None]
     b = C.rsqrt()
@@ -178,13 +185,37 @@ def _descend(task: Task, block: Block, U: Tensor, alpha: Tensor, ok: Tensor) -> 
     beta1, scaled = hyper.beta1, hyper.momentum_mode == "scaled"
     if scaled:
         U *= alpha
-    piece = _piece(task.plan, task.state["exp_avg"], block)
-    M = beta1 * piece.to(U.dtype).reshape(U.shape)
+    M = beta1 * _momentum(task, block).to(U.dtype).reshape(U.shape)
     U *= 1 - beta1
     M += U
-    _commit(piece, _rounded(task, block, M, piece.dtype, task.streams.momentum), ok)
+    _write_momentum(task, block, M, ok)
     step = U.add_(M, alpha=beta1) if hyper.nesterov else M
     return step if scaled else step * alpha
+
+
+def _momentum(task: Task, block: Block) -> Tensor:
+    kept = _piece(task.plan, task.state["exp_avg"], block)
+    if "exp_avg_scale" not in task.state:
+        return kept
+    scales = _scales(task, block)
+    return dequantize(kept.reshape(-1, block.shape[2]), scales.reshape(-1, scales.shape[-1]))
+
+
+def _write_momentum(task: Task, block: Block, M: Tensor, ok: Tensor) -> None:
+    kept = _piece(task.plan, task.state["exp_avg"], block)
+    if "exp_avg_scale" in task.state:
+        rows, stochastic = M.view(-1, block.shape[2]).float(), task.hyper.rounding == "stochastic"
+        bits = _random_bits(task, block, rows, task.streams.momentum) if stochastic else None
+        kept_M, scale = quantize(rows, bits)
+        _commit(_scales(task, block), scale, ok)
+    else:
+        kept_M = _rounded(task, block, M, kept.dtype, task.streams.momentum)
+    _commit(kept, kept_M, ok)
+
+
+def _scales(task: Task, block: Block) -> Tensor:
+    """Those of one-byte momentum, as a view.  # [*row axes of the block, blocks of MOMENTUM_BLOCK columns]"""
+    return _ordered(task.state["exp_avg_scale"], task.plan.row_axes)[block.index[: len(task.plan.row_axes)]]
 
 
 def _decay_factor(task: Task, rho: Any, alpha: Tensor) -> Tensor:
@@ -196,12 +227,36 @@ def _decay_factor(task: Task, rho: Any, alpha: Tensor) -> Tensor:
     return torch.ones_like(alpha) * {"lr": lr, "independent": 1.0, "lr_squared": rho * rho}[mode]
 
 
+def _weights(task: Task, block: Block) -> Tensor:
+    """One block of p, with the bits that the state keeps of it.  # [b, r, m]"""
+    if not task.plan.planes:
+        return _read(task.plan, task.p, block)
+    pieces = [task.p, *(task.state[plane] for plane in task.plan.planes)]
+    return join_weight(*(_piece(task.plan, piece, block) for piece in pieces)).reshape(block.shape)
+
+
+def _write_weights(task: Task, block: Block, x: Tensor, moves: Tensor) -> None:
+    plan = task.plan
+    if plan.planes:
+        parts = split_weight(x, 16 + 8 * len(plan.planes))
+    else:
+        parts = (_rounded(task, block, x, task.p.dtype, task.streams.weights),)
+    pieces = [task.p, *(task.state[plane] for plane in plan.planes)]
+    for piece, part in zip(pieces, parts, strict=True):
+        _commit(_piece(plan, piece, block), part, moves)
+
+
 def _rounded(task: Task, block: Block, x: Tensor, dtype: torch.dtype, stream: tuple[int, int]) -> Tensor:
     if dtype == x.dtype or x.dtype == torch.float64 or task.hyper.rounding == "nearest":
         return x.to(dtype)
+    return round_stochastic(x, dtype, _random_bits(task, block, x, stream))
+
+
+def _random_bits(task: Task, block: Block, x: Tensor, stream: tuple[int, int]) -> Tensor:
+    """For each element of x, which is one block."""
     t = task.t
     key: Any = step_key(stream, t.int()) if isinstance(t, Tensor) else step_key(stream, int(t))
-    return round_stochastic(x, dtype, random_bits(key, _element_index(task.plan, block, x.device).view_as(x)))
+    return random_bits(key, _element_index(task.plan, block, x.device).view_as(x))
 
 
 def _rms(plan: TensorPlan, mean_square: Tensor) -> Tensor:
@@ -324,15 +379,7 @@ def _element_index(plan: TensorPlan, block: Block, device: torch.device) -> Tens
     return index
 
 
-def _row_axes(plan: TensorPlan) -> Axes:
-    return plan.view.batch + plan.view.rows  # type: ignore[union-attr]
-
-
-def _col_axes(plan: TensorPlan) -> Axes:
-    return plan.view.batch + plan.view.cols  # type: ignore[union-attr]
-
-
 def _ordered(statistic: Tensor, axes: Axes) -> Tensor:
-    """A statistic over `axes` of the parameter, its axes brought into that order: a view."""
+    """A statistic over `axes` of the parameter, its axes brought into that order: a view. Further axes stay behind."""
     kept = sorted(axes)
-    return statistic.permute([kept.index(axis) for axis in axes])
+    return statistic.permute([kept.index(axis) for axis in axes] + list(range(len(axes), statistic.dim())))
