@@ -136,6 +136,13 @@ def test_bfloat16_momentum_over_many_steps():
     assert_as_plain(2, torch.bfloat16, steps=30, lr=3e-3, beta1=0.9, momentum_dtype=torch.bfloat16, nesterov=True)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("weight_bits", [24, 32])
+def test_weights_with_more_bits_and_momentum_in_one_byte(weight_bits, backend):
+    kept = {"weight_bits": weight_bits, "momentum_dtype": torch.int8}
+    assert_as_plain(2, torch.bfloat16, steps=6, backend=backend, lr=1e-2, beta1=0.9, **kept)
+
+
 @pytest.mark.parametrize("accumulation", [1, 3])
 def test_activation_checkpointing_that_is_not_reentrant(accumulation):
     assert_as_plain(accumulation, checkpointed=False, lr=1e-2)
@@ -567,6 +574,7 @@ def test_a_step_without_gradients_does_nothing():
     model = build()
     optimizer = Adafactor(model.parameters())
     optimizer.step_in_backward()
+    train(model, optimizer, 1)
     before = everything(model, optimizer)
     optimizer.step()
     assert_same_bits(everything(model, optimizer), before)

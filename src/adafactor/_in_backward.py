@@ -66,14 +66,18 @@ class InBackward:
 
     def _begin(self) -> None:
         """An iteration: what happens until `optimizer.step()`."""
-        self._passes = 0
-        self._pass = -1  # the engine's number of the last one
-        self._run = -1  # the engine's number of the run that the last hook was called in
         self._stepped: set[int] = set()
         self._lrs: dict[int, Any] = {}  # that groups were stepped with
         self._waits = False  # every step is left to optimizer.step()
-        self._counted = True  # whether every pass that brought gradients could be told apart
         self._scaled_before = _scaled_run
+        self._begin_count()
+
+    def _begin_count(self) -> None:
+        self._passes = 0
+        self._pass = -1  # the engine's number of the last one
+        self._run = -1  # the engine's number of the run that the last hook was called in
+        self._counted = True  # whether every pass that brought gradients could be told apart
+        self._refused = False  # whether one of them was stopped by an error of ours
 
     # What users may do
 
@@ -162,6 +166,11 @@ class InBackward:
                 "optimizer.zero_grad() to drop it, and optimizer.step() after every "
                 f"{self._accumulation_steps} backward passes"
             )
+        if self._refused and left:
+            raise ValueError(
+                f"{len(left)} parameters have gradients from a backward pass that was stopped by an error; call "
+                "optimizer.zero_grad() to drop them"
+            )
         expected, passes = self._accumulation_steps, self._passes
         if passes not in (0, expected):
             raise ValueError(
@@ -195,9 +204,13 @@ class InBackward:
         self.watch()
 
     def forget(self) -> None:
-        """After `optimizer.zero_grad()`: passes whose gradients were dropped before any was used do not count."""
+        """After `optimizer.zero_grad()`: passes whose gradients were dropped before any was used do not count.
+
+        Whether parameters have to wait is decided in forward, which may be over already.
+        """
+        self._refused = False
         if not self._stepped:
-            self._begin()
+            self._begin_count()
 
     # What torch calls
 
@@ -237,6 +250,7 @@ class InBackward:
 
     def _enter(self, run: int) -> None:
         """The first hook in a run of the engine, or the first one after a run inside of it."""
+        self._refused, refused_before = True, self._refused
         nested = _is_nested()
         if run == _scaled_run or (nested and _scaled_run > max(self._pass, self._scaled_before)):
             raise ValueError(
@@ -259,7 +273,7 @@ class InBackward:
                 "a reentrant checkpoint delivers gradients before they are complete: all parameters wait for "
                 "optimizer.step(), and no memory is saved; checkpoint with use_reentrant=False"
             )
-        self._run = run
+        self._run, self._refused = run, refused_before
 
     def _refuse_others(self, optimizer: Stepper) -> None:
         """Other handles that watch the same parameters, and DistributedDataParallel around them.
