@@ -293,8 +293,8 @@ def assert_same_bits(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], w
 
 
 def bits_of(x: Tensor) -> Tensor:
-    """The bits of a floating-point tensor, as integers: NaN equals NaN, and 0 is not -0."""
-    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    """The bits of a tensor, as integers: NaN equals NaN, and 0 is not -0."""
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     return x.detach().contiguous().view(integers[x.dtype.itemsize])
 
 

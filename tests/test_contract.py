@@ -90,7 +90,7 @@ def test_a_group_added_later_starts_at_its_own_step_one():
     [
         ({"lr": -1.0}, ValueError, "lr must be a number >= 0.0, got -1.0"),
         ({"factor": lambda name, shape: 3}, ValueError, "factor gave 3 for parameter 'param 1'"),
-        ({"weight_bits": 24}, NotImplementedError, "weight_bits"),
+        ({"weight_bits": 23}, ValueError, "weight_bits must be one of None, 24, 32, got 23"),
     ],
     ids=["range", "factor", "later"],
 )
@@ -240,8 +240,6 @@ def test_modifiers_of_what_is_off_are_idle():
 @pytest.mark.parametrize(
     ("arguments", "name"),
     [
-        ({"weight_bits": 32}, "weight_bits"),
-        ({"beta1": 0.9, "momentum_dtype": torch.int8}, "int8"),
         ({"backend": "triton"}, "backend='triton'"),
     ],
 )

@@ -444,9 +444,6 @@ def test_contradictions_are_refused_with_the_fix(maker: str, kwargs: dict[str, A
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"weight_bits": 24}, "weight_bits=24"),
-        ({"weight_bits": 32}, "weight_bits=32"),
-        ({"beta1": 0.9, "momentum_dtype": torch.int8}, "int8"),
         ({"backend": "triton"}, "triton"),
     ],
     ids=str,
@@ -474,8 +471,8 @@ def test_relative_step_false_without_scale_parameter_warns_of_transformers(maker
 def test_a_refused_group_leaves_the_optimizer_as_it_was():
     p = parameter(torch.zeros(40, 50))
     optimizer = Adafactor([p], lr=0.1)
-    for bad in ({"lr": -1.0}, {"factor": lambda name, shape: 5}, {"weight_bits": 24}):
-        with pytest.raises((ValueError, NotImplementedError)):
+    for bad in ({"lr": -1.0}, {"factor": lambda name, shape: 5}, {"weight_bits": 23}):
+        with pytest.raises(ValueError, match=r"lr|factor|weight_bits"):
             optimizer.add_param_group({"params": [parameter(torch.zeros(2, 3))], **bad})
         assert [group["params"] for group in optimizer.param_groups] == [[p]]
         assert list(optimizer.state) == [p]

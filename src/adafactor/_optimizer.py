@@ -128,6 +128,8 @@ class Adafactor(Optimizer):
         super().__init__(params, arguments)
         self._ready = True
         self._rebuild()
+        for group in self.param_groups:
+            self._warn_of_lost_updates(group)
 
     def _start(self, ready: bool = True) -> None:
         """What is rebuilt, not saved."""
@@ -152,6 +154,7 @@ class Adafactor(Optimizer):
             resolve(group)
             if self._ready:
                 self._rebuild()
+                self._warn_of_lost_updates(group)
         except Exception:
             self.param_groups.pop()
             raise
@@ -380,6 +383,27 @@ class Adafactor(Optimizer):
             kept, served = Kept(), choice
         task = Task(plan, hyper, p, NO_GRADIENT, {}, None, streams, report, kept)
         return _Slot(key, hyper, plan, names, report, kept, choice, served, task)
+
+    def _warn_of_lost_updates(self, group: dict[str, Any]) -> None:
+        """Where rounding to nearest loses nearly every update: one of lr is below half a spacing of the weights."""
+        lr, hyper = group["lr"], Hyper.of(group)
+        if hyper.rounding != "nearest" or hyper.scale_parameter or isinstance(lr, Tensor) or not lr:
+            return
+        lost = seen = 0
+        for p in group["params"]:
+            slot = self._slots.get(p)
+            if slot and p.dtype in (torch.bfloat16, torch.float16) and not slot.plan.planes:
+                some = p.detach().reshape(-1)[:: max(1, p.numel() // 1000)].double().abs()
+                some = some[some.isfinite()]
+                spacing = 2.0 ** some.log2().floor() * torch.finfo(p.dtype).eps
+                lost += int((lr < spacing / 2).sum())
+                seen += len(some)
+        if lost > seen / 2:
+            warnings.warn(
+                f"rounding='nearest' loses updates of lr={lr:g}: {100 * lost / seen:.0f} % of the 16-bit weights are "
+                "spaced by more than twice that; use rounding='stochastic', the default, or weight_bits=24 for bfloat16",
+                stacklevel=caller_level(),
+            )
 
     def _forget_removed(self) -> None:
         """Drop the state of parameters that are no longer in any group: they were swapped for others."""

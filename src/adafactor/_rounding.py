@@ -2,8 +2,8 @@
 
 Stochastic rounding. A float32 value x between two neighbours of the narrower format becomes the upper one with the
 probability that makes the result right on average. The random bits are a hash of (seed, step, parameter, global element
-index): replicas agree without talking, every sharding draws the same bits, resuming continues the stream, and the global
-random number generator is neither read nor moved.
+index): replicas agree without talking, every sharding draws the same bits, resuming continues the stream, and the
+global random number generator is neither read nor moved.
 
 Split weights. A float32 weight is a bfloat16 one, which the model sees, and a signed remainder, which the optimizer
 keeps in one or two bytes.
@@ -88,7 +88,7 @@ def split_weight(x: Tensor, bits: int) -> tuple[Tensor, ...]:
     """A float32 tensor as bfloat16 and its missing bits, one uint8 tensor for 24 bits and two for 32.
 
     The bfloat16 part is the nearest one, and the remainder signed. 32 bits are all of them; 24 are rounded to nearest,
-    with an error of at most 2^-17 of x above its smallest normal number. Finite numbers stay finite as a whole; those
+    with an error of at most 2^-16 of x above its smallest normal number. Finite numbers stay finite as a whole; those
     beyond the largest bfloat16 plus half its spacing have an infinite bfloat16 part, as rounding to nearest would.
     """
     word = x.contiguous().view(torch.int32)
@@ -114,6 +114,7 @@ def join_weight(p: Tensor, *planes: Tensor) -> Tensor:
 
 MOMENTUM_BLOCK = 128  # values of a row that share a scale
 _CODES = 127.0
+_SCALE = float(torch.tensor(1 / _CODES**2))  # as float32 has it
 
 
 def quantize(M: Tensor, bits: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -127,7 +128,7 @@ def quantize(M: Tensor, bits: Tensor | None) -> tuple[Tensor, Tensor]:
     blocks = torch.nn.functional.pad(blocks, (0, -M.shape[1] % MOMENTUM_BLOCK)).unflatten(1, (-1, MOMENTUM_BLOCK))
     largest = blocks.amax(2, keepdim=True)
     good = (largest >= _SMALLEST_BLOCK) & largest.isfinite()
-    scale = torch.where(largest < _SMALLEST_BLOCK, 0.0, largest / _CODES**2)
+    scale = torch.where(largest < _SMALLEST_BLOCK, 0.0, largest * _SCALE)
     scale = torch.where(good | (scale == 0), scale, math.inf)
     square = (blocks * torch.where(good, 1 / scale, 0.0)).nan_to_num_(0.0).clamp_(max=_CODES**2)
     square = square.flatten(1)[:, : M.shape[1]]

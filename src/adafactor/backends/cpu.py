@@ -27,10 +27,10 @@ name = "cpu"
 
 _NOW = struct.Struct("4q d")  # the part of a task that changes from step to step: zeros until a run fills it in
 _G, _SUMS, _ROWS, _KNOWN, _LR = range(5)
-_PREPARED = struct.Struct("7q 9q 7q 8d 4i")
+_PREPARED = struct.Struct("10q 9q 7q 8d 4i")
 _TASK_BYTES = _NOW.size + _PREPARED.size
 _SWEEP, _APPLY = 1, 2
-_FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, None: 3}
+_FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, None: 3, torch.int8: 4}
 _MIXTURES = {  # of weights and gradients
     (torch.float32, torch.float32),
     (torch.float32, torch.bfloat16),
@@ -223,7 +223,10 @@ def _prepare(task: Task) -> _Prepared:
     momentum = tensors.get("exp_avg")
     places = (
         p,
+        tensors.get("weight_low"),
+        tensors.get("weight_lowest"),
         momentum,
+        tensors.get("exp_avg_scale"),
         tensors["exp_avg_sq_row" if plan.factored else "exp_avg_sq"],
         tensors.get("exp_avg_sq_col"),
         tensors["step"],

@@ -197,7 +197,8 @@ def _momentum(task: Task, block: Block) -> Tensor:
     kept = _piece(task.plan, task.state["exp_avg"], block)
     if "exp_avg_scale" not in task.state:
         return kept
-    return dequantize(kept.reshape(-1, block.shape[2]), _scales(task, block))
+    scales = _scales(task, block)
+    return dequantize(kept.reshape(-1, block.shape[2]), scales.reshape(-1, scales.shape[-1]))
 
 
 def _write_momentum(task: Task, block: Block, M: Tensor, ok: Tensor) -> None:
@@ -213,10 +214,8 @@ def _write_momentum(task: Task, block: Block, M: Tensor, ok: Tensor) -> None:
 
 
 def _scales(task: Task, block: Block) -> Tensor:
-    """Those of one-byte momentum, as a view.  # [rows of the block, blocks of MOMENTUM_BLOCK columns]"""
-    scales = _ordered(task.state["exp_avg_scale"], task.plan.row_axes)
-    lead = block.index[: len(task.plan.row_axes)]
-    return scales[lead].view(-1, scales.shape[-1])
+    """Those of one-byte momentum, as a view.  # [*row axes of the block, blocks of MOMENTUM_BLOCK columns]"""
+    return _ordered(task.state["exp_avg_scale"], task.plan.row_axes)[block.index[: len(task.plan.row_axes)]]
 
 
 def _decay_factor(task: Task, rho: Any, alpha: Tensor) -> Tensor:

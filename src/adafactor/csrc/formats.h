@@ -15,7 +15,13 @@ struct bf16 {
 struct f16 {
   uint16_t bits;
 };
+struct i8 {
+  int8_t code;
+};
 struct nothing {};
+
+template <class T>
+constexpr bool IS_NOTHING = std::is_same_v<std::remove_const_t<T>, nothing>;
 
 template <class T>
 constexpr bool NARROW = sizeof(T) == 2;
@@ -225,6 +231,106 @@ INLINE void store_part(T* block, int k, Part x, bool stochastic, Draws& draws) {
     store(block + 2 * k * WIDTH,
           stochastic ? rounded_to<TAME>(block, x, draws.next<PLAIN>()) : nearest_to(block, x));
   }
+}
+
+// Weights with their missing bits: L is uint8_t or nothing, and K too.
+
+struct Split {
+  U32 top, remainder;
+};
+
+template <bool ALL_BITS>
+INLINE Split split(F32 x) {
+  U32 word = (U32)x;
+  const U32 sign = word & 0x80000000u;
+  word &= 0x7FFFFFFFu;
+  if constexpr (!ALL_BITS) {
+    U32 rounded = (word + 0x80u) & 0xFFFFFF00u;
+    rounded = choose((U32)(rounded < 0x7F800000u), rounded, all(0x7F7FFF00u));
+    word = choose((U32)(word < 0x7F800000u), rounded, word);
+  }
+  word = choose((U32)(word > 0x7F800000u), all(0x7FC00000u), word) | sign;
+  const U32 top = (word + 0x8000u) & keep(0xFFFF0000u);
+  return {top, word - top};
+}
+
+template <bool PAIRS, class P, class L, class K>
+INLINE Part load_weight(const P* block, const L* low, const K* lowest, int k) {
+  if constexpr (IS_NOTHING<L>) {
+    return load_part<PAIRS>(block, k);
+  } else {
+    const U32 words = load<U32>(block + 2 * k * WIDTH), bytes = load_halves(low + 2 * k * WIDTH);
+    U32 a = (words << 16) + (U32)((S32)(bytes << 24) >> 16);
+    U32 b = (words & keep(0xFFFF0000u)) + (U32)((S32)((bytes & 0xFF00u) << 16) >> 16);
+    if constexpr (!IS_NOTHING<K>) {
+      const U32 last = load_halves(lowest + 2 * k * WIDTH);
+      a += last & 0xFFu;
+      b += last >> 8;
+    }
+    return {(F32)a, (F32)b};
+  }
+}
+
+template <class P, class L, class K>
+INLINE void store_split(P* block, L* low, K* lowest, int k, Part x) {
+  const Split a = split<!IS_NOTHING<K>>(x.a), b = split<!IS_NOTHING<K>>(x.b);
+  store(block + 2 * k * WIDTH, halves(a.top, b.top));
+  store_halves(low + 2 * k * WIDTH, (a.remainder >> 8 & 0xFFu) | (b.remainder & 0xFF00u));
+  if constexpr (!IS_NOTHING<K>)
+    store_halves(lowest + 2 * k * WIDTH, (a.remainder & 0xFFu) | (b.remainder & 0xFFu) << 8);
+}
+
+// Momentum in one byte. `fresh` holds one block of it, in the order of memory.
+
+constexpr int64_t MOMENTUM_BLOCK = 128;
+constexpr float CODES = 127;
+
+INLINE void dequantize(const i8* codes, int64_t count, float scale, float* fresh) {
+  alignas(64) i8 all_codes[MOMENTUM_BLOCK] = {};
+  memcpy(all_codes, codes, count);
+  for (int64_t j = 0; j < count; j += BLOCK) EACH_PART(k) {
+      const U32 bytes = load_halves(all_codes + j + 2 * k * WIDTH);
+      const F32 a = to_float((S32)(bytes << 24) >> 24), b = to_float((S32)(bytes << 16) >> 24);
+      const Part M = {a * (F32)((U32)a & 0x7FFFFFFFu) * scale, b * (F32)((U32)b & 0x7FFFFFFFu) * scale};
+      store(fresh + j + 2 * k * WIDTH, zip_low(M.a, M.b));
+      store(fresh + j + (2 * k + 1) * WIDTH, zip_high(M.a, M.b));
+    }
+}
+
+INLINE U32 code_of(F32 M, float inverse, F32 draw) {
+  F32 square = (F32)((U32)M & 0x7FFFFFFFu) * inverse;
+  square = (F32)choose((U32)(square < CODES * CODES), (U32)square, (U32)all(CODES * CODES));
+  const F32 below = to_float(to_int(root(square)));
+  const S32 up = square - below * below > draw * (below * 2 + 1);  // -1 where true
+  const S32 code = to_int(below) - up;
+  const S32 sign = (S32)M >> 31;
+  return (U32)((code ^ sign) - sign) & 0xFFu;
+}
+
+INLINE void quantize(const float* fresh, int64_t count, bool stochastic, Draws& draws, i8* codes, float& scale) {
+  S32 most = {};
+  for (int64_t j = 0; j < count; j += WIDTH) {  // beyond `count` there are zeros
+    const S32 magnitude = (S32)((U32)load<F32>(fresh + j) & 0x7FFFFFFFu);
+    most = (S32)choose((U32)(magnitude > most), (U32)magnitude, (U32)most);
+  }
+  int32_t word = 0;
+  for (int i = 0; i < WIDTH; ++i) word = most[i] > word ? most[i] : word;
+  float largest;
+  memcpy(&largest, &word, sizeof largest);
+  const bool finite = word < 0x7F800000, empty = finite && largest < 0x1p-100f;
+  scale = empty ? 0 : finite ? largest * (1 / (CODES * CODES)) : __builtin_inff();
+  const float inverse = empty || !finite ? 0 : 1 / scale;
+  alignas(64) i8 all_codes[MOMENTUM_BLOCK] = {};
+  for (int64_t j = 0; j < count; j += BLOCK) EACH_PART(k) {
+      const Part M = load_part<true>(fresh + j, k);
+      Part draw = {all(0.5f), all(0.5f)};
+      if (stochastic) {
+        const Bits bits = draws.next<false>();
+        draw = {(to_float((S32)bits.a) + 0.5f) * 0x1p-16f, (to_float((S32)bits.b) + 0.5f) * 0x1p-16f};
+      }
+      if (finite) store_halves(all_codes + j + 2 * k * WIDTH, code_of(M.a, inverse, draw.a) | code_of(M.b, inverse, draw.b) << 8);
+    }
+  memcpy(codes, all_codes, count);
 }
 
 }  // namespace

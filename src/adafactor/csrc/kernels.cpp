@@ -42,38 +42,48 @@ struct Cut {
   }
 };
 
-template <>
-struct Cut<nothing> {
-  nothing* const at;
+struct Uncut {
+  nothing* const at = nullptr;
 
-  MEMBER Cut(nothing* place, int64_t, int = 0) : at(place) {}
+  MEMBER Uncut(const nothing*, int64_t, int = 0) {}
   MEMBER void put_back() const {}
+};
+template <>
+struct Cut<nothing> : Uncut {
+  using Uncut::Uncut;
+};
+template <>
+struct Cut<const nothing> : Uncut {
+  using Uncut::Uncut;
 };
 
 template <class T>
 INLINE T* past(T* at, int64_t elements) {
-  if constexpr (std::is_same_v<std::remove_const_t<T>, nothing>)
+  if constexpr (IS_NOTHING<T>)
     return at;
   else
     return at + elements;
 }
 
 // sum of x^2 over a run of elements
-template <bool PAIRS, class T>
-double sum_of_squares(const T* x, int64_t count) {
+template <bool PAIRS, class T, class L = nothing, class K = nothing>
+double sum_of_squares(const T* x, int64_t count, const L* low = nullptr, const K* lowest = nullptr) {
   double total = 0;
   for (int64_t start = 0; start < count; start += SEGMENT) {
     const int64_t stop = start + SEGMENT < count ? start + SEGMENT : count;
     Sums lanes;
-    const auto add = [&](const T* block) __attribute__((always_inline)) {
+    const auto add = [&](const T* block, const L* byte, const K* last) __attribute__((always_inline)) {
       EACH_PART(k) {
-        const Part part = load_part<PAIRS>(block, k);
+        const Part part = load_weight<PAIRS>(block, byte, last, k);
         lanes.part[k] += sum(part * part);
       }
     };
     int64_t j = start;
-    for (; j + BLOCK <= stop; j += BLOCK) add(x + j);
-    if (j < stop) add(Cut<const T>(x + j, stop - j).at);
+    for (; j + BLOCK <= stop; j += BLOCK) add(x + j, past(low, j), past(lowest, j));
+    if (j < stop) {
+      const int64_t left = stop - j;
+      add(Cut<const T>(x + j, left).at, Cut<const L>(past(low, j), left).at, Cut<const K>(past(lowest, j), left).at);
+    }
     total += lanes.total();
   }
   return total;
@@ -114,8 +124,15 @@ void add_columns(const G* g, int64_t cols, const float* inverse, float* col_sq, 
   }
 }
 
+// The sum of p^2 over a run of elements.
+template <class P, class L, class K, bool PAIRS>
+double param_sq(const Task& task, int64_t offset, int64_t count) {
+  return sum_of_squares<PAIRS>(static_cast<const P*>(task.p) + offset, count, past(static_cast<const L*>(task.low), offset),
+                               past(static_cast<const K*>(task.lowest), offset));
+}
+
 // R of this step into scratch; per column the sums of g^2 and of g^2 / R; the sums of R, g^2 and p^2.
-template <class P, class G, bool PAIRS>
+template <class P, class L, class K, class G, bool PAIRS>
 void sweep_factored(Job& job, int64_t index) {
   const Task& task = *job.task;
   const Strip strip(job, index);
@@ -147,7 +164,7 @@ void sweep_factored(Job& job, int64_t index) {
   }
   if (task.param_sq && !task.known)
     for (int64_t i = strip.begin; i < strip.end; ++i)
-      sums.param_sq += sum_of_squares<PAIRS>(static_cast<const P*>(task.p) + (at + i) * cols, cols);
+      sums.param_sq += param_sq<P, L, K, PAIRS>(task, (at + i) * cols, cols);
   job.strip[index] = sums;
 }
 
@@ -162,7 +179,7 @@ struct SecondMoment {
 };
 
 // The sums of g^2, U^2 and p^2.
-template <class P, class G, bool PAIRS>
+template <class P, class L, class K, class G, bool PAIRS>
 void sweep_full(Job& job, int64_t index) {
   const Task& task = *job.task;
   const Strip strip(job, index);
@@ -183,14 +200,14 @@ void sweep_full(Job& job, int64_t index) {
     sums.update_sq += lanes.total();
     sums.grad_sq += sum_of_squares<PAIRS>(g + start, stop - start);
     if (task.param_sq && !task.known)
-      sums.param_sq += sum_of_squares<PAIRS>(static_cast<const P*>(task.p) + start, stop - start);
+      sums.param_sq += param_sq<P, L, K, PAIRS>(task, start, stop - start);
   }
   job.strip[index] = sums;
 }
 
 bool in_pairs(const Task& task) {
   return task.p_format == BFLOAT16 || task.p_format == FLOAT16 || task.g_format == BFLOAT16 ||
-         task.g_format == FLOAT16 || task.m_format == BFLOAT16;
+         task.g_format == FLOAT16 || task.m_format == BFLOAT16 || task.m_format == INT8;
 }
 
 struct Chunk {
@@ -260,28 +277,32 @@ void prepare(Job& job, int64_t index) {
 }
 
 // U, momentum and decay, committed.
-template <class P, class G, class M, bool PAIRS, bool FACTORED>
+template <class P, class L, class K, class G, class M, bool PAIRS, bool FACTORED>
 void apply(Job& job, int64_t index) {
+  using V = std::conditional_t<FACTORED, nothing, float>;
+  using B = std::conditional_t<FACTORED, float, nothing>;
+  constexpr bool momentum = !IS_NOTHING<M>, one_byte = std::is_same_v<M, i8>, extended = !IS_NOTHING<L>;
+  using A = std::conditional_t<one_byte, float, M>;  // momentum as it is worked on
+  constexpr int64_t GROUP = one_byte ? MOMENTUM_BLOCK : SEGMENT;
+
   const Task& task = *job.task;
   const Strip strip(job, index);
   const Matrix& matrix = job.matrix[strip.matrix];
-  using V = std::conditional_t<FACTORED, nothing, float>;
-  using B = std::conditional_t<FACTORED, float, nothing>;
-  constexpr bool momentum = !std::is_same_v<M, nothing>;
   const bool scaled = flag(task.param_sq), stochastic = flag(task.stochastic), nesterov = flag(task.nesterov);
   const bool moves = flag(job.moves), decays = flag(matrix.shrink != 0);
-  const bool simple = moves && (momentum || matrix.tame);
+  const bool simple = moves && (momentum || extended || matrix.tame);
   const F32 beta1 = all((float)task.beta1), rest1 = all((float)(1 - task.beta1));
   const F32 after = all(matrix.after), shrink = all(matrix.shrink);
   const SecondMoment moment(job);
   const int64_t step = (int64_t)*task.step + 1;
   Draws weights(task.weights_stream, step), averages(task.momentum_stream, step);
+  alignas(64) float fresh[one_byte ? MOMENTUM_BLOCK : 1] = {};  // one-byte momentum, unpacked
 
   // Part k of a block. `plain` is std::true_type where things are as they nearly always are: `simple`, with plain draws.
-  const auto update = [&](auto plain, P* p, const G* g, M* m, V* v, const B* b, F32 scale, int k,
+  const auto update = [&](auto plain, P* p, L* low, K* lowest, const G* g, A* m, V* v, const B* b, F32 scale, int k,
                           Sums& written_sq) __attribute__((always_inline)) {
     constexpr bool PLAIN = decltype(plain)::value;
-    const Part gradient = load_part<PAIRS>(g, k), weight = load_part<PAIRS>(p, k);
+    const Part gradient = load_part<PAIRS>(g, k), weight = load_weight<PAIRS>(p, low, lowest, k);
     Part x;
     if constexpr (FACTORED) {
       x = gradient * load_lanes(b, k) * scale;
@@ -295,22 +316,30 @@ void apply(Job& job, int64_t index) {
       store_part<PAIRS, PLAIN, false>(m, k, M_new, stochastic, averages);
       x = nesterov ? M_new * beta1 + x * rest1 : M_new;
       x = x * after;
-      if constexpr (std::is_same_v<M, float> && std::is_same_v<P, bf16>) x = short_nan(x);
+      if constexpr (std::is_same_v<A, float> && std::is_same_v<P, bf16>) x = short_nan(x);
     }
     if (decays) x = x + weight * shrink;
-    if (PLAIN || moves) store_part<PAIRS, PLAIN, PLAIN && !momentum>(p, k, weight - x, stochastic, weights);
+    if (PLAIN || moves) {
+      if constexpr (extended)
+        store_split(p, low, lowest, k, weight - x);
+      else
+        store_part<PAIRS, PLAIN, PLAIN && !momentum>(p, k, weight - x, stochastic, weights);
+    }
     if (scaled) {
-      const Part written = load_part<PAIRS>(p, k);
+      const Part written = load_weight<PAIRS>(p, low, lowest, k);
       written_sq.part[k] += sum(written * written);
     }
   };
 
   // One run of elements: a row of a matrix, or a segment of a full V. Returns the sum of p^2 as written, in the order of
   // sum_of_squares.
-  const auto run = [&](int64_t offset, int64_t count, const B* b, float factor) __attribute__((always_inline)) {
+  const auto run = [&](int64_t offset, int64_t count, const B* b, float* m_scale, float factor)
+                       __attribute__((always_inline)) {
     P* p = static_cast<P*>(task.p) + offset;
+    L* low = past(static_cast<L*>(task.low), offset);
+    K* lowest = past(static_cast<K*>(task.lowest), offset);
     const G* g = static_cast<const G*>(task.g) + offset;
-    M* m = past(static_cast<M*>(task.m), offset);
+    M* kept = past(static_cast<M*>(task.m), offset);
     V* v = past(reinterpret_cast<V*>(FACTORED ? nullptr : task.r), offset);
     const F32 scale = all(factor);
     double param_sq = 0;
@@ -318,20 +347,39 @@ void apply(Job& job, int64_t index) {
       const int64_t stop = start + SEGMENT < count ? start + SEGMENT : count;
       weights.begin(task.first + offset + start, stop - start);
       averages.begin(task.first + offset + start, stop - start);
+      const bool plain = simple && weights.plain() && averages.plain();
       Sums lanes;
-      int64_t j = start;
-      if (simple && weights.plain() && averages.plain())
-        for (; j + BLOCK <= stop; j += BLOCK)
-          EACH_PART(k) update(std::true_type(), p + j, g + j, past(m, j), past(v, j), past(b, j), scale, k, lanes);
-      for (; j < stop; j += BLOCK) {
-        const Cut<P> cut_p(p + j, stop - j);
-        const Cut<const G> cut_g(g + j, stop - j);
-        const Cut<M> cut_m(past(m, j), stop - j);
-        const Cut<V> cut_v(past(v, j), stop - j, 1);
-        EACH_PART(k) update(std::false_type(), cut_p.at, cut_g.at, cut_m.at, cut_v.at, past(b, j), scale, k, lanes);
-        cut_p.put_back();
-        cut_m.put_back();
-        cut_v.put_back();
+      for (int64_t from = start; from < stop; from += GROUP) {
+        const int64_t to = from + GROUP < stop ? from + GROUP : stop;
+        A* m = nullptr;
+        if constexpr (one_byte) {
+          dequantize(kept + from, to - from, m_scale[from / GROUP], fresh);
+          m = fresh;
+        } else {
+          m = past(kept, from);
+        }
+        int64_t j = from;
+        if (plain)
+          for (; j + BLOCK <= to; j += BLOCK)
+            EACH_PART(k) update(std::true_type(), p + j, past(low, j), past(lowest, j), g + j, past(m, j - from),
+                                past(v, j), past(b, j), scale, k, lanes);
+        for (; j < to; j += BLOCK) {
+          const Cut<P> cut_p(p + j, to - j);
+          const Cut<L> cut_low(past(low, j), to - j);
+          const Cut<K> cut_lowest(past(lowest, j), to - j);
+          const Cut<const G> cut_g(g + j, to - j);
+          const Cut<A> cut_m(past(m, j - from), to - j);
+          const Cut<V> cut_v(past(v, j), to - j, 1);
+          EACH_PART(k) update(std::false_type(), cut_p.at, cut_low.at, cut_lowest.at, cut_g.at, cut_m.at, cut_v.at,
+                              past(b, j), scale, k, lanes);
+          cut_p.put_back();
+          cut_low.put_back();
+          cut_lowest.put_back();
+          cut_m.put_back();
+          cut_v.put_back();
+        }
+        if constexpr (one_byte)
+          quantize(fresh, to - from, stochastic, averages, kept + from, m_scale[from / GROUP]);
       }
       if (scaled) param_sq += lanes.total();
     }
@@ -341,64 +389,79 @@ void apply(Job& job, int64_t index) {
   double param_sq = 0;
   if constexpr (FACTORED) {
     const float* b = job.b + strip.matrix * job.padded;
+    const int64_t groups = (task.cols + MOMENTUM_BLOCK - 1) / MOMENTUM_BLOCK;
     for (int64_t i = strip.begin; i < strip.end; ++i) {
       const int64_t row = strip.matrix * task.rows + i;
       const float R = job.new_r[row];
       const float a = (float)(matrix.root_mean_row / __builtin_sqrtf(R));
-      param_sq += run(row * task.cols, task.cols, b, a * matrix.scale);
+      float* m_scale = one_byte ? task.m_scale + row * groups : nullptr;
+      param_sq += run(row * task.cols, task.cols, b, m_scale, a * matrix.scale);
       task.r[row] = R;
     }
   } else {
-    param_sq = run(strip.begin, strip.end - strip.begin, static_cast<const B*>(nullptr), matrix.scale);
+    param_sq = run(strip.begin, strip.end - strip.begin, static_cast<const B*>(nullptr), nullptr, matrix.scale);
   }
   job.strip[index].param_sq = param_sq;
 }
 
 // The instances, by the formats of p, g and m. cpu.py asks for these mixtures only.
 
-template <class P, class G>
-void sweep_as(Job& job, int64_t strip) {
+template <class P, class L, class K, class G>
+void sweep_with(Job& job, int64_t strip) {
   constexpr bool narrow = NARROW<P> || NARROW<G>;
   if (narrow || in_pairs(*job.task))
-    job.task->factored ? sweep_factored<P, G, true>(job, strip) : sweep_full<P, G, true>(job, strip);
+    job.task->factored ? sweep_factored<P, L, K, G, true>(job, strip) : sweep_full<P, L, K, G, true>(job, strip);
   else if constexpr (!narrow)
-    job.task->factored ? sweep_factored<P, G, false>(job, strip) : sweep_full<P, G, false>(job, strip);
+    job.task->factored ? sweep_factored<P, L, K, G, false>(job, strip) : sweep_full<P, L, K, G, false>(job, strip);
 }
 
-template <class P, class G, class M>
+template <class P, class L, class K, class G, class M>
+void apply_keeping(Job& job, int64_t strip) {
+  constexpr bool one_byte = std::is_same_v<M, i8>, pairs = NARROW<P> || NARROW<G> || NARROW<M> || one_byte;
+  if constexpr (one_byte)
+    apply<P, L, K, G, M, pairs, true>(job, strip);
+  else
+    job.task->factored ? apply<P, L, K, G, M, pairs, true>(job, strip) : apply<P, L, K, G, M, pairs, false>(job, strip);
+}
+
+template <class P, class L, class K, class G>
 void apply_with(Job& job, int64_t strip) {
-  constexpr bool pairs = NARROW<P> || NARROW<G> || NARROW<M>;
-  job.task->factored ? apply<P, G, M, pairs, true>(job, strip) : apply<P, G, M, pairs, false>(job, strip);
-}
-
-template <class P, class G>
-void apply_as(Job& job, int64_t strip) {
   switch (job.task->m_format) {
     case FLOAT32:
-      return apply_with<P, G, float>(job, strip);
+      return apply_keeping<P, L, K, G, float>(job, strip);
     case BFLOAT16:
-      return apply_with<P, G, bf16>(job, strip);
+      return apply_keeping<P, L, K, G, bf16>(job, strip);
+    case INT8:
+      return apply_keeping<P, L, K, G, i8>(job, strip);
     default:
-      return apply_with<P, G, nothing>(job, strip);
+      return apply_keeping<P, L, K, G, nothing>(job, strip);
   }
 }
 
-#define MIXTURES(each)                                              \
-  void each(Job& job, int64_t strip) {                              \
-    switch (job.task->p_format * 4 + job.task->g_format) {          \
-      case FLOAT32 * 4 + FLOAT32:                                   \
-        return each##_as<float, float>(job, strip);                 \
-      case FLOAT32 * 4 + BFLOAT16:                                  \
-        return each##_as<float, bf16>(job, strip);                  \
-      case BFLOAT16 * 4 + BFLOAT16:                                 \
-        return each##_as<bf16, bf16>(job, strip);                   \
-      case BFLOAT16 * 4 + FLOAT32:                                  \
-        return each##_as<bf16, float>(job, strip);                  \
-      case FLOAT16 * 4 + FLOAT16:                                   \
-        return each##_as<f16, f16>(job, strip);                     \
-      case FLOAT16 * 4 + FLOAT32:                                   \
-        return each##_as<f16, float>(job, strip);                   \
-    }                                                               \
+#define MIXTURES(each)                                                                       \
+  template <class P, class G>                                                                \
+  void each##_as(Job& job, int64_t strip) {                                                  \
+    if constexpr (std::is_same_v<P, bf16>) {                                                 \
+      if (job.task->lowest) return each##_with<P, uint8_t, uint8_t, G>(job, strip);          \
+      if (job.task->low) return each##_with<P, uint8_t, nothing, G>(job, strip);             \
+    }                                                                                        \
+    each##_with<P, nothing, nothing, G>(job, strip);                                         \
+  }                                                                                          \
+  void each(Job& job, int64_t strip) {                                                       \
+    switch (job.task->p_format * 4 + job.task->g_format) {                                   \
+      case FLOAT32 * 4 + FLOAT32:                                                            \
+        return each##_as<float, float>(job, strip);                                          \
+      case FLOAT32 * 4 + BFLOAT16:                                                           \
+        return each##_as<float, bf16>(job, strip);                                           \
+      case BFLOAT16 * 4 + BFLOAT16:                                                          \
+        return each##_as<bf16, bf16>(job, strip);                                            \
+      case BFLOAT16 * 4 + FLOAT32:                                                           \
+        return each##_as<bf16, float>(job, strip);                                           \
+      case FLOAT16 * 4 + FLOAT16:                                                            \
+        return each##_as<f16, f16>(job, strip);                                              \
+      case FLOAT16 * 4 + FLOAT32:                                                            \
+        return each##_as<f16, float>(job, strip);                                            \
+    }                                                                                        \
   }
 MIXTURES(sweep)
 MIXTURES(apply)

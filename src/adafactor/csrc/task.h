@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-enum Format : int64_t { FLOAT32, BFLOAT16, FLOAT16, NONE };  // NONE: no momentum
+enum Format : int64_t { FLOAT32, BFLOAT16, FLOAT16, NONE, INT8 };  // momentum alone is NONE or INT8
 enum Decay : int64_t { LR, SCALED_LR, INDEPENDENT, LR_SQUARED };
 
 // One parameter, contiguous, seen as [matrices, rows, cols]; a full V is one row. backends/cpu.py packs this.
@@ -16,7 +16,10 @@ struct Task {
   double lr;      // NaN: the paper's
 
   void* p;
+  void* low;        // the missing bits of a bfloat16 weight: the first byte, or null
+  void* lowest;     // the second, or null
   void* m;          // momentum, or null
+  float* m_scale;   // of one-byte momentum, [matrices, rows, blocks of 128 columns]
   float* r;         // R, [matrices, rows]; without factoring V, [cols]
   float* c;         // C, [matrices, cols]
   float* step;      // []

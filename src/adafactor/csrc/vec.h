@@ -28,6 +28,7 @@ constexpr int PARTS = LANES / WIDTH;
 
 typedef float F32 __attribute__((vector_size(REGISTER)));
 typedef uint32_t U32 __attribute__((vector_size(REGISTER)));
+typedef int32_t S32 __attribute__((vector_size(REGISTER)));
 typedef uint16_t U16 __attribute__((vector_size(REGISTER)));
 typedef int16_t S16 __attribute__((vector_size(REGISTER)));
 
@@ -44,6 +45,37 @@ template <class V>
 INLINE void store(void* at, V x) {
   memcpy(at, &x, sizeof x);
 }
+
+// 16 bits per lane, to and from half a register's memory.
+INLINE U32 load_halves(const void* at) {
+#if defined(__AVX512BW__)
+  return (U32)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)at));
+#elif defined(__AVX2__)
+  return (U32)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)at));
+#else
+  uint16_t half[WIDTH];
+  memcpy(half, at, sizeof half);
+  U32 x;
+  for (int i = 0; i < WIDTH; ++i) x[i] = half[i];
+  return x;
+#endif
+}
+
+INLINE void store_halves(void* at, U32 x) {
+#if defined(__AVX512BW__)
+  _mm256_storeu_si256((__m256i*)at, _mm512_cvtepi32_epi16((__m512i)x));
+#elif defined(__AVX2__)
+  const __m256i packed = _mm256_packus_epi32((__m256i)x, (__m256i)x);
+  _mm_storeu_si128((__m128i*)at, _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08)));
+#else
+  uint16_t half[WIDTH];
+  for (int i = 0; i < WIDTH; ++i) half[i] = (uint16_t)x[i];
+  memcpy(at, half, sizeof half);
+#endif
+}
+
+INLINE F32 to_float(S32 x) { return __builtin_convertvector(x, F32); }
+INLINE S32 to_int(F32 x) { return __builtin_convertvector(x, S32); }  // towards zero
 
 INLINE F32 all(float x) { return x - F32{}; }
 INLINE U32 all(uint32_t x) { return x - U32{}; }
