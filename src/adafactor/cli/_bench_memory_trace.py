@@ -87,6 +87,8 @@ def peaks(run: Callable[[], object]) -> Peaks:
     begin = end = 0
     for number, (what, addresses, nbytes) in enumerate(_records(run)):
         if what == "allocated":
+            if unseen := live.get(addresses[0]):  # released by a thread that the profiler does not see
+                unseen.last = number
             live[addresses[0]] = block = _Block(nbytes, number)
             blocks.append(block)
         elif what == "released":
