@@ -24,6 +24,7 @@ def gradients(shape, count, scale=1.0, seed=0):
 # 16-bit weights
 
 
+@pytest.mark.filterwarnings("ignore:rounding='nearest' loses updates")
 def test_small_updates_are_not_swallowed_by_bf16_weights():
     # The spacing of bf16 at 0.02 is 1.2e-4; these steps are 1e-6 each.
     weights = torch.full((64, 64), 0.02, dtype=torch.bfloat16)
@@ -35,6 +36,15 @@ def test_small_updates_are_not_swallowed_by_bf16_weights():
     assert moved["nearest"] == 0.0
     # 200 independent roundings of 4,096 weights, each off by at most a spacing: six standard deviations of the mean.
     assert moved["stochastic"] == pytest.approx(200e-6, abs=6 * 0.5 * 1.3e-4 * (200 / 4096) ** 0.5)
+
+
+def test_nearest_rounding_at_a_learning_rate_that_it_swallows_is_warned_of():
+    p = torch.nn.Parameter(torch.full((40, 50), 0.02).bfloat16())
+    with pytest.warns(UserWarning, match=r"rounding='nearest'.*lr=1e-05.*100 %.*rounding='stochastic'.*weight_bits=24"):
+        Adafactor([p], lr=1e-5, rounding="nearest")
+    for fine in ({"lr": 1e-2}, {"lr": 0.0}, {"lr": 1e-5, "weight_bits": 24}, {"lr": 0.1, "scale_parameter": True}):
+        Adafactor([p], rounding="nearest", **fine)
+    Adafactor([torch.nn.Parameter(p.detach().float())], lr=1e-5, rounding="nearest")
 
 
 def test_weight_decay_is_not_lost_below_bf16_resolution():
@@ -199,14 +209,31 @@ def test_loading_does_not_cast_statistics_to_the_parameter_s_dtype():
         assert torch.equal(value, saved[key])
 
 
-def test_the_rounding_stream_continues_after_a_resume():
+def test_remainders_and_one_byte_momentum_are_saved_and_not_cast():
+    p = torch.nn.Parameter(torch.ones(64, 300, dtype=torch.bfloat16))
+    kwargs = {"lr": 1e-3, "beta1": 0.9, "momentum_dtype": torch.int8, "weight_bits": 32}
+    optimizer = Adafactor([p], **kwargs)
+    steps(optimizer, gradients((64, 300), 3))
+    saved = copy.deepcopy(optimizer.state_dict()["state"][0])
+    fresh = Adafactor([p], **kwargs)
+    fresh.load_state_dict(optimizer.state_dict())
+    dtypes = {"exp_avg": torch.int8, "weight_low": torch.uint8, "weight_lowest": torch.uint8}
+    assert fresh.state[p].keys() == saved.keys() > dtypes.keys()
+    for key, value in fresh.state[p].items():
+        assert value.dtype == dtypes.get(key, torch.float32)
+        assert value.count_nonzero()
+        assert torch.equal(value, saved[key])
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"weight_bits": 24}, {"beta1": 0.9, "momentum_dtype": "int8"}], ids=str)
+def test_the_rounding_stream_continues_after_a_resume(kwargs):
     def run(interrupted):
         p = torch.nn.Parameter(torch.ones(64, 64, dtype=torch.bfloat16))
-        optimizer = Adafactor([p], lr=1e-4, seed=3)
+        optimizer = Adafactor([p], lr=1e-4, seed=3, **kwargs)
         steps(optimizer, gradients((64, 64), 5))
         if interrupted:
             saved = copy.deepcopy(optimizer.state_dict())
-            optimizer = Adafactor([p], lr=1e-4)
+            optimizer = Adafactor([p], lr=1e-4, **kwargs)
             optimizer.load_state_dict(saved)
         return steps(optimizer, gradients((64, 64), 5, seed=1))
 

@@ -431,6 +431,7 @@ def test_a_skipped_step_draws_its_bits_again():
 
 
 @each_format
+@pytest.mark.filterwarnings("ignore:rounding='nearest' loses updates")
 def test_small_updates_move_16_bit_weights_as_far_as_float32_on_average(dtype: torch.dtype):
     """Weights of 0.02 under steps of a millionth of that, which nearest rounding swallows.
 

@@ -401,7 +401,7 @@ class Adafactor(Optimizer):
         if lost > seen / 2:
             warnings.warn(
                 f"rounding='nearest' loses updates of lr={lr:g}: {100 * lost / seen:.0f} % of the 16-bit weights are "
-                "spaced by more than twice that; use rounding='stochastic', the default, or weight_bits=24 for bfloat16",
+                "spaced by more than twice that; use rounding='stochastic' (the default) or weight_bits=24",
                 stacklevel=caller_level(),
             )
 

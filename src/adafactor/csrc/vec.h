@@ -55,7 +55,7 @@ INLINE U32 load_halves(const void* at) {
 #else
   uint16_t half[WIDTH];
   memcpy(half, at, sizeof half);
-  U32 x;
+  U32 x = {};
   for (int i = 0; i < WIDTH; ++i) x[i] = half[i];
   return x;
 #endif
