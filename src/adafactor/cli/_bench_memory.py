@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import tempfile
-import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -62,7 +61,8 @@ def check_room(subject: Subject) -> None:
     Raises:
         UserError: it needs more than is free.
     """
-    parameters = _parameters(subject.config)
+    config = subject.config
+    parameters = (VOCABULARY + 12 * config.depth * config.width + 2 * config.depth + 1) * config.width
     free = available(subject.device)
     if free is not None and _ROOM * parameters > free:
         raise UserError(
@@ -71,8 +71,20 @@ def check_room(subject: Subject) -> None:
         )
 
 
-def _parameters(config: ModelConfig) -> int:
-    return (VOCABULARY + 12 * config.depth * config.width + 2 * config.depth + 1) * config.width
+def measure_or_note(mode: Mode, subject: Subject) -> dict[str, Any]:
+    """The row of ``measure``, or why there is none; the other modes go on.
+
+    Raises:
+        CheckFailed: as ``measure``.
+    """
+    try:
+        return measure(mode, subject)
+    except CheckFailed:
+        raise
+    except Exception as error:
+        text = str(error).strip().splitlines()
+        note = f"{type(error).__name__}: {text[0] if text else 'no message'}"
+        return {"name": mode.name, "title": mode.title, "description": mode.description, "note": note}
 
 
 def measure(mode: Mode, subject: Subject) -> dict[str, Any]:
@@ -198,8 +210,8 @@ def _row(mode: Mode, found: dict[str, Any], measured: Peaks) -> dict[str, Any]:
         "title": mode.title,
         "description": mode.description,
         "note": None,
-        "in_backward": mode.in_backward,
         "expected": mode.expected,
+        "gradients_on_top": mode.gradients_on_top,
         "parameters": parameters,
         "kept": kept,
         "kept_per_parameter": {kind: nbytes / parameters for kind, nbytes in kept.items()},
