@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -125,6 +126,8 @@ def _set_up(mode: Mode, subject: Subject) -> Iterator[tuple[nn.Module, torch.opt
             stack.enter_context(optimizer.step_in_backward())
         if mode.run_as in (modes.BLOCKS, modes.WHOLE):
             stack.callback(torch.compiler.reset)
+            stack.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore")  # the compiler looks at .grad of what has none, and is warned
             for part in model.blocks if mode.run_as == modes.BLOCKS else [net]:
                 part.compile(backend=subject.compiler)
         elif mode.run_as in (modes.DDP, modes.DDP_VIEWS):
@@ -150,8 +153,8 @@ def _reduce_over_one(_, bucket):  # DistributedDataParallel compares annotations
 def _process_group() -> Iterator[None]:
     """A group of this process alone."""
     with tempfile.TemporaryDirectory() as directory:
-        store = torch.distributed.FileStore(str(Path(directory, "store")), 1)
-        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+        meeting = Path(directory, "store").as_uri()
+        torch.distributed.init_process_group("gloo", init_method=meeting, rank=0, world_size=1)
         try:
             yield
         finally:

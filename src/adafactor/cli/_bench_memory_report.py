@@ -14,6 +14,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -27,7 +28,7 @@ from adafactor.cli._files import write_atomic, write_json
 from adafactor.cli._pictures import COMPONENTS, STYLE
 from adafactor.cli._results import machine
 from adafactor.cli._screen import size
-from adafactor.cli._trace_draw import INK, png
+from adafactor.cli._trace_draw import INK, MUTED, png
 
 Found = dict[str, Any]
 PARTS = (*COMPONENTS, ("temporaries", "#e9ecf0"))
@@ -174,6 +175,7 @@ def draw(rows: list[Found]) -> bytes:
         _bars(peak, rows, [_peak(row) for row in rows], "{:,.0f}")
         kept.invert_yaxis()
         kept.tick_params(axis="y", labelcolor=INK)
+        kept.xaxis.set_major_locator(MaxNLocator(9, steps=[1, 2, 4, 10]))
         kept.set_xlabel("bytes per parameter, weights + gradients + state at their peak")
         peak.set_xlabel("MB at the peak of the whole step")
         handles = [Patch(color=color) for _, color in PARTS]
@@ -199,6 +201,8 @@ def _bars(ax: Axes, rows: list[Found], parts: list[dict[str, float]], text: str)
         ax.annotate(
             text.format(end), (end, i), (5, 0), textcoords="offset points", va="center", fontsize=10, fontweight="bold"
         )
+    if last := next((i for i, row in enumerate(rows) if row["name"] == OPTIMIZERS[-1].name), None):
+        ax.axhline(last + 0.5, color=MUTED, lw=0.8, ls=(0, (2, 3)))
     ax.grid(axis="y", visible=False)
     ax.set_xlim(0, 1.18 * max(left, default=1.0))
 

@@ -20,10 +20,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch._C._profiler import _EventType
 
 from adafactor import memory
 
-KINDS = ("weights", "gradients", "state", "other", "activations", "temporaries")
+KINDS: tuple[str, ...] = ("weights", "gradients", "state", "other", "activations", "temporaries")
 KEPT = ("weights", "gradients", "state")  # what grows with the model whatever its input
 _MARK = "adafactor.mark "
 
@@ -122,7 +123,7 @@ def _replay(blocks: list[_Block], begin: int, end: int) -> Peaks:
             changes.append((max(block.first, begin), block.kind, block.nbytes))
             if block.last is not None and block.last < end:
                 changes.append((block.last, block.kind, -block.nbytes))
-    now = dict.fromkeys(KINDS, 0)
+    now: dict[str, int] = dict.fromkeys(KINDS, 0)
     kept = total = now
     for _, kind, nbytes in sorted(changes, key=lambda change: change[0]):
         now = now | {kind: now[kind] + nbytes}
@@ -143,7 +144,7 @@ def _records(run: Callable[[], object]) -> Iterator[tuple[str, list[int], int]]:
         if event.name.startswith(_MARK):
             what, *addresses = event.name.removeprefix(_MARK).split()
             events.append((event.start_time_ns, what, [int(address) for address in addresses], 0))
-        elif event.tag == torch._C._profiler._EventType.Allocation:
+        elif event.tag == _EventType.Allocation:
             record = event.typed[1]
             what = "allocated" if record.alloc_size > 0 else "released"
             events.append((event.start_time_ns, what, [record.ptr], record.alloc_size))
