@@ -105,7 +105,7 @@ def measure(mode: Mode, subject: Subject) -> dict[str, Any]:
             found.update(_sizes(mode, net, optimizer))
 
     torch.manual_seed(0)
-    measured = peaks(train)
+    measured = peaks(train, subject.device)
     gc.collect()
     return _row(mode, found, measured)
 

@@ -175,6 +175,11 @@ def draw(rows: list[Found]) -> bytes:
         _bars(peak, rows, [_peak(row) for row in rows], "{:,.0f}")
         kept.invert_yaxis()
         kept.tick_params(axis="y", labelcolor=INK)
+        if last := _last_optimizer(rows):
+            kept.annotate(
+                "below: bfloat16, where gradients live longer", (1, last + 0.5), (-4, -4), color=MUTED, fontsize=9.5,
+                xycoords=("axes fraction", "data"), textcoords="offset points", ha="right", va="top",
+            )  # fmt: skip
         kept.xaxis.set_major_locator(MaxNLocator(9, steps=[1, 2, 4, 10]))
         kept.set_xlabel("bytes per parameter, weights + gradients + state at their peak")
         peak.set_xlabel("MB at the peak of the whole step")
@@ -190,6 +195,11 @@ def _peak(row: Found) -> dict[str, float]:
     return parts | {"temporaries": parts["temporaries"] + parts["other"]}
 
 
+def _last_optimizer(rows: list[Found]) -> int | None:
+    """The row after which those begin that are about gradients."""
+    return next((i for i, row in enumerate(rows[:-1]) if row["name"] == OPTIMIZERS[-1].name), None)
+
+
 def _bars(ax: Axes, rows: list[Found], parts: list[dict[str, float]], text: str) -> None:
     left = [0.0] * len(rows)
     titles = [row["title"] for row in rows]
@@ -201,7 +211,7 @@ def _bars(ax: Axes, rows: list[Found], parts: list[dict[str, float]], text: str)
         ax.annotate(
             text.format(end), (end, i), (5, 0), textcoords="offset points", va="center", fontsize=10, fontweight="bold"
         )
-    if last := next((i for i, row in enumerate(rows) if row["name"] == OPTIMIZERS[-1].name), None):
+    if last := _last_optimizer(rows):
         ax.axhline(last + 0.5, color=MUTED, lw=0.8, ls=(0, (2, 3)))
     ax.grid(axis="y", visible=False)
     ax.set_xlim(0, 1.18 * max(left, default=1.0))

@@ -78,15 +78,15 @@ def _marker(i: int) -> Callable[[Any, Any], None]:
     return lambda made, _: mark("gradients", made[i : i + 1])
 
 
-def peaks(run: Callable[[], object]) -> Peaks:
-    """Run, and find the peaks between the marks ``begin`` and ``end``.
+def peaks(run: Callable[[], object], device: str = "cpu") -> Peaks:
+    """Run, and find the peaks of this device's memory between the marks ``begin`` and ``end``.
 
     What should have a kind must be allocated inside of ``run``.
     """
     live: dict[int, _Block] = {}
     blocks: list[_Block] = []
     begin = end = 0
-    for number, (what, addresses, nbytes) in enumerate(_records(run)):
+    for number, (what, addresses, nbytes) in enumerate(_records(run, device)):
         if what == "allocated":
             if unseen := live.get(addresses[0]):  # released by a thread that the profiler does not see
                 unseen.last = number
@@ -134,7 +134,7 @@ def _replay(blocks: list[_Block], begin: int, end: int) -> Peaks:
     return Peaks(kept, total)
 
 
-def _records(run: Callable[[], object]) -> Iterator[tuple[str, list[int], int]]:
+def _records(run: Callable[[], object], device: str) -> Iterator[tuple[str, list[int], int]]:
     """(what, addresses, bytes) in the order of time."""
     events = []
     waiting = list(memory.profiled(run).experimental_event_tree())
@@ -146,7 +146,8 @@ def _records(run: Callable[[], object]) -> Iterator[tuple[str, list[int], int]]:
             events.append((event.start_time_ns, what, [int(address) for address in addresses], 0))
         elif event.tag == _EventType.Allocation:
             record = event.typed[1]
-            what = "allocated" if record.alloc_size > 0 else "released"
-            events.append((event.start_time_ns, what, [record.ptr], record.alloc_size))
+            if record.device.type == device:
+                what = "allocated" if record.alloc_size > 0 else "released"
+                events.append((event.start_time_ns, what, [record.ptr], record.alloc_size))
     for _, *record in sorted(events, key=lambda event: event[0]):
         yield cast(Any, tuple(record))
