@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -15,13 +16,14 @@ import torch
 from PIL import Image
 from rich.console import Console
 
+from adafactor import memory
 from adafactor.cli import _bench_memory, _bench_memory_modes, _bench_memory_report, main
 from adafactor.cli import bench as bench_module
 from adafactor.cli._baselines import MixedPrecisionAdamW
 from adafactor.cli._bench_memory import Subject, measure
 from adafactor.cli._bench_memory_modes import IN_BACKWARD, LIFETIMES, OPTIMIZERS, PLAIN
 from adafactor.cli._bench_memory_trace import KINDS, mark, peaks, watch_gradients
-from adafactor.cli._model import VOCABULARY, ModelConfig
+from adafactor.cli._model import VOCABULARY, ByteTransformer, ModelConfig
 
 WIDTH, DEPTH = 256, 2
 SMALL = ["--width", str(WIDTH), "--depth", str(DEPTH), "--heads", "4", "--context", "8", "--threads", "1"]
@@ -148,6 +150,25 @@ def test_the_record_knows_whose_memory_it_is() -> None:
     assert found.total == nothing | {
         "weights": 1000, "state": 100, "other": 10, "activations": 5000, "gradients": 2000
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", [PLAIN, IN_BACKWARD], ids=lambda mode: mode.name)
+def test_the_peak_is_that_of_peak_allocated(mode: Any) -> None:
+    config = ModelConfig(64, 1, 4, 8)
+    found = measure(mode, Subject(config, "cpu", "auto", "aot_eager"))["peak"]
+    model = ByteTransformer(config, seed=0).bfloat16()
+    optimizer = mode.build(list(model.named_parameters()), "auto")
+    tokens = torch.randint(VOCABULARY, (1, 9))
+
+    def step() -> None:
+        model.loss(tokens).backward()
+        optimizer.step()
+
+    with optimizer.step_in_backward() if mode.in_backward else contextlib.nullcontext():
+        step()
+        optimizer.zero_grad()
+        above = memory.peak_allocated(step)
+    assert sum(found.values()) - found["weights"] - found["state"] - found["other"] == above
 
 
 def test_parts_of_a_sum_are_gradients() -> None:

@@ -178,7 +178,6 @@ def _bench_memory(subject: Subject, threads: list[int], out: Path | None, as_jso
     torch.set_num_threads(threads[0])
     rows: list[dict[str, Any]] = []
     every = (*OPTIMIZERS, *LIFETIMES)
-    results: dict[str, Any] = {}
     try:
         with StopSignal() as stop, _progress(console, "memory") as on_turn:
             for mode in every:
