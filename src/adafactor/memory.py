@@ -100,18 +100,23 @@ def peak_allocated(run: Callable[[], object], device: str | torch.device = "cpu"
         torch.cuda.reset_peak_memory_stats(device)
         run()
         return torch.cuda.max_memory_allocated(device) - before
-    with (
-        _quiet_stderr(),
-        torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler,
-    ):
-        run()
-    events: Any = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
+    events = profiled(run).events()
     records = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
     live = peak = 0
     for _, nbytes in records:
         live += nbytes
         peak = max(peak, live)
     return peak
+
+
+def profiled(run: Callable[[], object]) -> Any:
+    """What the profiler wrote down while `run()` ran, every allocation and release among it, as its C++ side has it."""
+    with (
+        _quiet_stderr(),
+        torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler,
+    ):
+        run()
+    return profiler.profiler.kineto_results  # type: ignore[union-attr]
 
 
 @contextmanager

@@ -11,13 +11,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
-import jinja2
 import matplotlib
 from matplotlib.figure import Figure
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from adafactor.cli import _html
 from adafactor.cli._bench_entries import ADAMW, BASELINES, LR, MOMENTUM, SGD
 from adafactor.cli._bench_gate import RATES, SHAPES, Verdict
 from adafactor.cli._files import write_atomic, write_json
@@ -243,18 +243,10 @@ def _panel(ax: Any, case: Found, rows: list[Found]) -> None:
 
 def render(found: Found, picture: bytes) -> str:
     """report.html: one file, the picture inside, no script, nothing fetched."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("adafactor.cli"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(size=size, number=number, milliseconds=milliseconds)
-    return environment.get_template("bench.html").render(
-        **found,
-        picture=base64.b64encode(picture).decode(),
-        ours=_OURS,
-        gate_steps=len(RATES),
-        gate_shapes=len(SHAPES),
-    )
+    more = {
+        "picture": base64.b64encode(picture).decode(),
+        "ours": _OURS,
+        "gate_steps": len(RATES),
+        "gate_shapes": len(SHAPES),
+    }
+    return _html.render("bench.html", found | more, number=number, milliseconds=milliseconds)

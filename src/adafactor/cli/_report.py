@@ -8,12 +8,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from rich.console import Console
 
-from adafactor.cli import _pictures
+from adafactor.cli import _html, _pictures
 from adafactor.cli._files import write_atomic, write_json
-from adafactor.cli._screen import size, table
+from adafactor.cli._screen import table
 
 _TEXTS = {  # of each picture: what it shows, and how to read it
     "loss-over-steps.png": (
@@ -61,19 +60,10 @@ def show(directory: Path, results: dict[str, Any], rows: dict[str, _pictures.Row
 
 def render(results: dict[str, Any], pictures: dict[str, bytes]) -> str:
     """report.html: one file, pictures inside, no script, nothing fetched."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("adafactor.cli"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["size"] = size
     embedded = [
         {"png": base64.b64encode(content).decode(), "alt": _TEXTS[name][0], "caption": _TEXTS[name][1]}
         for name, content in pictures.items()
     ]
     losses = [r["val_loss"] for r in results["optimizers"] if r["val_loss"] is not None]
-    return environment.get_template("report.html").render(
-        **results, pictures=embedded, colors=_pictures.COLORS, best=min(losses, default=None)
-    )
+    more = {"pictures": embedded, "colors": _pictures.COLORS, "best": min(losses, default=None)}
+    return _html.render("report.html", results | more)

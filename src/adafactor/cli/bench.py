@@ -16,21 +16,29 @@ import typer
 from rich.console import Console
 
 from adafactor import Adafactor
+from adafactor.cli import _bench_memory as memory_bench
+from adafactor.cli import _bench_memory_report as memory_report
 from adafactor.cli import _bench_report as report
 from adafactor.cli import _options as options
 from adafactor.cli._bench_case import DTYPES, Case, check_memory
 from adafactor.cli._bench_entries import ENTRIES, Entry, choose
 from adafactor.cli._bench_gate import Verdict, check
 from adafactor.cli._bench_measure import measure
+from adafactor.cli._bench_memory import Subject
+from adafactor.cli._bench_memory_modes import LIFETIMES, OPTIMIZERS
 from adafactor.cli._bench_shapes import PRESETS, parse
 from adafactor.cli._errors import CheckFailed, Interrupted, UserError
 from adafactor.cli._files import new_run_directory, write_json
 from adafactor.cli._loop import StopSignal, resolved_device
+from adafactor.cli._model import ModelConfig
 
-_WHAT, _HOW, _OUTPUT = "What to time", "How to time it", "Output"
+_WHAT, _HOW, _MEMORY, _OUTPUT = "What to time", "How to time it", "Measuring memory instead", "Output"
+_ONLY_TIMES = ("shapes", "dtype", "optimizers", "momentum", "scale", "repeats", "budget")
+_ONLY_MEMORY = ("width", "depth", "heads", "context", "compiler")
 
 
 def bench(
+    given: typer.Context,
     shapes: Annotated[
         str,
         typer.Option(
@@ -68,6 +76,19 @@ def bench(
             help="Seconds per table after which a slow optimizer sits out; not before 3 rounds.", rich_help_panel=_HOW
         ),
     ] = 20.0,
+    memory: Annotated[
+        bool,
+        typer.Option(
+            "--memory", help="Train a transformer in every mode: bytes by component.", rich_help_panel=_MEMORY
+        ),
+    ] = False,
+    width: options.Width = 512,
+    depth: options.Depth = 16,
+    heads: options.Heads = 8,
+    context: options.Context = 16,
+    compiler: Annotated[
+        str, typer.Option(help="Backend of torch.compile: aot_eager or inductor.", rich_help_panel=_MEMORY)
+    ] = "aot_eager",
     out: Annotated[
         Path | None,
         typer.Option(help="The run directory.", show_default="runs/bench-<time>", rich_help_panel=_OUTPUT),
@@ -85,12 +106,23 @@ def bench(
     --threads is a table. The run directory gets report.html (one file, opens
     without a network), bench.png and results.json.
 
+    With --memory, nothing is timed: a transformer takes real training steps, and
+    the peaks of weights, gradients, state, activations and temporaries are read
+    from the allocator's own records. --width, --depth, --heads and --context are
+    its size; every mode of the optimizer is a row, AdamW's are beside them.
+
       adafactor bench
       adafactor bench --shapes gpt2,many-small --dtype bfloat16 --threads 1,4
       adafactor bench --shapes 4096x4096,4096x14336,4096 --momentum
       adafactor bench --shapes sdxl-unet --dtype bfloat16 --scale 0.25
+      adafactor bench --memory
     """
     place = resolved_device(device)
+    _check_given(given, memory)
+    if memory:
+        subject = Subject(_model(width, depth, heads, context), place, backend, _checked_compiler(compiler))
+        _bench_memory(subject, _parse_threads(threads), out, as_json)
+        return
     sets, dtypes, counts = parse(shapes, scale), _parse_dtypes(dtype), _parse_threads(threads)
     if not 1 <= repeats <= 10**6:
         raise UserError(f"--repeats must be from 1 to {10**6}, got {repeats}")
@@ -101,8 +133,7 @@ def bench(
     cases = [Case(*parts, place, backend) for parts in itertools.product(sets, dtypes, counts)]
     for case in cases:
         check_memory(case, entries)
-    directory = out or Path("runs", f"bench-{datetime.datetime.now():%Y-%m-%d-%H%M%S}")
-    new_run_directory(directory, "choose another --out")
+    directory = _run_directory(out)
 
     console = Console(stderr=True, highlight=False)
     settings = {"backend": backend, "device": place, "scale": scale, "repeats": repeats, "budget": budget}
@@ -133,6 +164,69 @@ def bench(
         sys.stdout.write(json.dumps(results, indent=2, allow_nan=False) + "\n")
     if stop.received:
         raise Interrupted(stop.received, f"interrupted; the report covers {'; '.join(c['title'] for c in found)}")
+
+
+def _bench_memory(subject: Subject, threads: list[int], out: Path | None, as_json: bool) -> None:
+    """The whole of ``adafactor bench --memory``."""
+    if len(threads) > 1:
+        raise UserError(f"--threads must be one number with --memory, got {','.join(map(str, threads))}")
+    _check_backend(subject.backend, subject.device)
+    memory_bench.check_room(subject)
+    directory = _run_directory(out)
+    console = Console(stderr=True, highlight=False)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads[0])
+    rows: list[dict[str, Any]] = []
+    every = (*OPTIMIZERS, *LIFETIMES)
+    try:
+        with StopSignal() as stop, _progress(console, "memory") as on_turn:
+            for mode in every:
+                on_turn(mode.title, len(rows) / len(every))
+                rows.append(memory_bench.measure_or_note(mode, subject))
+                if stop.received:
+                    break
+    finally:
+        torch.set_num_threads(before)
+    unfinished = [mode.title for mode in every[len(rows) :]]
+    results = memory_report.collect(rows, unfinished, subject, threads[0])
+    memory_report.publish(directory, results)
+    memory_report.show(directory, results, Console(stderr=as_json, highlight=False))
+    if as_json:
+        sys.stdout.write(json.dumps(results, indent=2, allow_nan=False) + "\n")
+    if unfinished and stop.received:
+        raise Interrupted(stop.received, f"interrupted; the report covers {'; '.join(row['title'] for row in rows)}")
+
+
+def _run_directory(out: Path | None) -> Path:
+    directory = out or Path("runs", f"bench-{datetime.datetime.now():%Y-%m-%d-%H%M%S}")
+    new_run_directory(directory, "choose another --out")
+    return directory
+
+
+def _check_given(given: typer.Context, memory: bool) -> None:
+    """Refuse options that the other half of the command understands."""
+    for name in _ONLY_TIMES if memory else _ONLY_MEMORY:
+        source = given.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise UserError(
+                f"--{name} is for timing steps, and --memory times none; leave out one of them (--width, --depth, "
+                "--heads and --context are the size of --memory's transformer)"
+                if memory
+                else f"--{name} is for --memory, and has no meaning without it; add --memory or leave --{name} out"
+            )
+
+
+def _model(width: int, depth: int, heads: int, context: int) -> ModelConfig:
+    try:
+        return ModelConfig(width, depth, heads, context)
+    except ValueError as error:
+        raise UserError(f"--{error}") from error
+
+
+def _checked_compiler(name: str) -> str:
+    if name not in ("aot_eager", "inductor"):
+        raise UserError(f"--compiler must be aot_eager or inductor, got {name!r}")
+    return name
 
 
 def _gate(cases: list[Case], entries: list[Entry], console: Console) -> list[Verdict]:
