@@ -25,6 +25,7 @@ from adafactor._rounding import (
     stream_key,
 )
 from adafactor.backends import cpu
+from adafactor.memory import WORKSPACE, peak_allocated
 
 BACKENDS = [
     "reference",
@@ -411,6 +412,18 @@ def test_a_bad_gradient_leaves_every_bit_as_it_is(backend: str):
     p.grad = torch.full_like(p, math.nan)
     optimizer.step()
     assert all(torch.equal(x, before[name]) for name, x in snapshot(optimizer, p).items())
+
+
+@each_backend
+@pytest.mark.parametrize("shape", [(1024, 2048), (20, 250_000)], ids=shape_id)
+def test_temporaries_stay_within_the_bound(shape: Shape, backend: str):
+    p = parameter(torch.ones(shape).bfloat16())
+    p.grad = torch.ones_like(p)
+    optimizer = Adafactor(
+        [p], lr=1e-3, beta1=0.9, momentum_dtype="int8", weight_bits=32, min_dim_size_to_factor=1, backend=backend
+    )
+    optimizer.step()
+    assert peak_allocated(optimizer.step) <= WORKSPACE + 64 * sum(shape)
 
 
 # What rounding to nearest loses
