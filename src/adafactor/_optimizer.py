@@ -14,6 +14,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from adafactor import _state
+from adafactor._checks import refuse_sharded, refuse_shared, refuse_sparse, warn_of_lost_updates
 from adafactor._hyper import DEFAULTS, Hyper, Lr, caller_level, check_lr, dtype_name, resolve
 from adafactor._in_backward import InBackward
 from adafactor._plan import TensorPlan, View, check_parameter, resolve_factor, tensor_plan, view_of
@@ -130,7 +131,7 @@ class Adafactor(Optimizer):
         self._ready = True
         self._rebuild()
         for group in self.param_groups:
-            self._warn_of_lost_updates(group)
+            warn_of_lost_updates(group, self._plans())
 
     _in_backward: InBackward | None = None  # the living handle, which copies do not have
 
@@ -158,7 +159,7 @@ class Adafactor(Optimizer):
             resolve(group)
             if self._ready:
                 self._rebuild()
-                self._warn_of_lost_updates(group)
+                warn_of_lost_updates(group, self._plans())
                 if self._in_backward is not None:
                     self._in_backward.watch()
         except Exception:
@@ -330,7 +331,7 @@ class Adafactor(Optimizer):
                     if slot is None or not slot.take(hyper, g, self.state.get(p)):
                         slot = self._slot(p, hyper)
                         if g.layout is not torch.strided:
-                            _refuse_sparse(slot.plan.name)
+                            refuse_sparse(slot.plan.name)
                         slot.task.hyper, slot.task.g, slot.task.state = hyper, g, self.state[p]
                         slot.served = serving(slot.choice, slot.task)
                     slot.task.lr = lr
@@ -384,6 +385,9 @@ class Adafactor(Optimizer):
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
 
+    def _plans(self) -> dict[Tensor, TensorPlan]:
+        return {p: slot.plan for p, slot in self._slots.items()}
+
     def _name_of(self, p: Tensor) -> str:
         if p not in self._slots:
             self._rebuild()
@@ -425,7 +429,7 @@ class Adafactor(Optimizer):
                 seen[name] += 1
                 name = name if seen[name] == 1 else f"{name}#{seen[name]}"
                 if _state.has_data(p) and p not in slots:
-                    _refuse_shared(name, p, places)
+                    refuse_shared(name, p, places)
                     view = view_of(hyper.factor, index, name, tuple(p.shape), hyper.min_dim_size_to_factor)
                     slots[p] = self._new_slot(p, name, hyper, view)
             start += len(group["params"])
@@ -434,7 +438,7 @@ class Adafactor(Optimizer):
     @torch.inference_mode(False)  # wherever the optimizer is built, steps write to what is allocated here
     def _new_slot(self, p: Tensor, name: str, hyper: Hyper, view: View | None) -> _Slot:
         check_parameter(name, p.dtype)
-        _refuse_sharded(name, p)
+        refuse_sharded(name, p)
         plan = tensor_plan(name, p.shape, p.dtype, hyper, view)
         state, old = self.state.get(p), self._slots.get(p)
         if isinstance(state, dict) and state:
@@ -454,27 +458,6 @@ class Adafactor(Optimizer):
             kept, served = Kept(), choice
         task = Task(plan, hyper, p, NO_GRADIENT, {}, None, streams, report, kept)
         return _Slot(key, hyper, plan, names, report, kept, choice, served, task)
-
-    def _warn_of_lost_updates(self, group: dict[str, Any]) -> None:
-        """Where rounding to nearest loses nearly every update: one of lr is below half a spacing of the weights."""
-        lr, hyper = group["lr"], Hyper.of(group)
-        if hyper.rounding != "nearest" or hyper.scale_parameter or isinstance(lr, Tensor) or not lr:
-            return
-        lost = seen = 0
-        for p in group["params"]:
-            slot = self._slots.get(p)
-            if slot and p.dtype in (torch.bfloat16, torch.float16) and not slot.plan.planes:
-                some = p.detach().reshape(-1)[:: max(1, p.numel() // 1000)].double().abs()
-                some = some[some.isfinite()]
-                spacing = 2.0 ** some.log2().floor() * torch.finfo(p.dtype).eps
-                lost += int((lr < spacing / 2).sum())
-                seen += len(some)
-        if lost > seen / 2:
-            warnings.warn(
-                f"rounding='nearest' loses updates of lr={lr:g}: {100 * lost / seen:.0f} % of the 16-bit weights are "
-                "spaced by more than twice that; use rounding='stochastic' (the default) or weight_bits=24",
-                stacklevel=caller_level(),
-            )
 
     def _forget_removed(self) -> None:
         """Drop the state of parameters that are no longer in any group: they were swapped for others."""
@@ -539,31 +522,3 @@ def _shapes(named: Iterable[tuple[int, str, Tensor]]) -> list[tuple[str, tuple[i
             raise ValueError(f"factor is a function, and parameter {name!r} has no shape yet; run the model once first")
         shapes.append((name, tuple(p.shape)))
     return shapes
-
-
-def _refuse_sparse(name: str) -> None:
-    raise ValueError(
-        f"the gradient of parameter {name!r} is sparse, which Adafactor does not take yet; "
-        "build the embedding with sparse=False"
-    )
-
-
-def _refuse_shared(name: str, p: Tensor, places: dict[tuple, str]) -> None:
-    """`places` gathers whose memory has been seen where."""
-    if p.numel() and p.data_ptr():
-        first = places.setdefault((p.device, p.data_ptr(), p.shape, p.stride()), name)
-        if first != name:
-            raise ValueError(
-                f"parameter {name!r} shares its memory with {first!r}, so both would step it; tie weights by using one "
-                "Parameter object in both places"
-            )
-
-
-def _refuse_sharded(name: str, p: Tensor) -> None:
-    if hasattr(p, "_fsdp_flattened") or getattr(p, "_is_flat_param", False):
-        raise ValueError(
-            f"parameter {name!r} was flattened by FSDP1, which hides the matrices that Adafactor factors; "
-            "use torch.distributed.fsdp.fully_shard (FSDP2)"
-        )
-    if hasattr(p, "device_mesh"):
-        raise NotImplementedError(f"parameter {name!r} is sharded (a DTensor), which is not built yet")

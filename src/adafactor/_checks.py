@@ -1,0 +1,62 @@
+"""Parameters and gradients that are refused, and settings that are warned of, before anything is written."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adafactor._hyper import Hyper, caller_level
+from adafactor._plan import TensorPlan
+
+
+def refuse_sparse(name: str) -> None:
+    raise ValueError(
+        f"the gradient of parameter {name!r} is sparse, which Adafactor does not take yet; "
+        "build the embedding with sparse=False"
+    )
+
+
+def refuse_shared(name: str, p: Tensor, places: dict[tuple, str]) -> None:
+    """`places` gathers whose memory has been seen where."""
+    if p.numel() and p.data_ptr():
+        first = places.setdefault((p.device, p.data_ptr(), p.shape, p.stride()), name)
+        if first != name:
+            raise ValueError(
+                f"parameter {name!r} shares its memory with {first!r}, so both would step it; tie weights by using one "
+                "Parameter object in both places"
+            )
+
+
+def refuse_sharded(name: str, p: Tensor) -> None:
+    if hasattr(p, "_fsdp_flattened") or getattr(p, "_is_flat_param", False):
+        raise ValueError(
+            f"parameter {name!r} was flattened by FSDP1, which hides the matrices that Adafactor factors; "
+            "use torch.distributed.fsdp.fully_shard (FSDP2)"
+        )
+    if hasattr(p, "device_mesh"):
+        raise NotImplementedError(f"parameter {name!r} is sharded (a DTensor), which is not built yet")
+
+
+def warn_of_lost_updates(group: Mapping[str, Any], plans: Mapping[Tensor, TensorPlan]) -> None:
+    """Where rounding to nearest loses nearly every update: one of lr is below half a spacing of most weights."""
+    lr, hyper = group["lr"], Hyper.of(group)
+    if hyper.rounding != "nearest" or hyper.scale_parameter or isinstance(lr, Tensor) or not lr:
+        return
+    lost = seen = 0
+    for p in group["params"]:
+        if p in plans and p.dtype in (torch.bfloat16, torch.float16) and not plans[p].planes:
+            some = p.detach().reshape(-1)[:: max(1, p.numel() // 1000)].double().abs()
+            some = some[some.isfinite()]
+            spacing = 2.0 ** some.log2().floor() * torch.finfo(p.dtype).eps
+            lost += int((lr < spacing / 2).sum())
+            seen += len(some)
+    if lost > seen / 2:
+        warnings.warn(
+            f"rounding='nearest' loses updates of lr={lr:g}: {100 * lost / seen:.0f} % of the 16-bit weights are "
+            "spaced by more than twice that; use rounding='stochastic' (the default) or weight_bits=24",
+            stacklevel=caller_level(),
+        )
