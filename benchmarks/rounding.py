@@ -311,12 +311,15 @@ def complete(options: argparse.Namespace, stored: dict[str, Any]) -> None:
     start = pretrained(Setup(device="cpu", threads=options.threads), corpus, START)
     with ProcessPoolExecutor(options.processes, multiprocessing.get_context("spawn")) as pool:
         jobs = [pool.submit(run_in_process, name, replace(setup, seed=s), options.lr, start) for name, s in todo]
-        for n, job in enumerate(as_completed(jobs), 1):
-            cells.append(job.result())
-            cells.sort(key=lambda cell: (list(MODES).index(cell["mode"]), cell["seed"]))
-            write_json(options.out, stored)
-            last = {key: value for key, value in job.result().items() if key != "curve"}
-            print(f"{n} of {len(todo)}: {last}", flush=True)
+        try:
+            for n, job in enumerate(as_completed(jobs), 1):
+                cells.append(job.result())
+                cells.sort(key=lambda cell: (list(MODES).index(cell["mode"]), cell["seed"]))
+                write_json(options.out, stored)
+                last = {key: value for key, value in job.result().items() if key != "curve"}
+                print(f"{n} of {len(todo)}: {last}", flush=True)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)  # Ctrl-C does not start the rest
 
 
 if __name__ == "__main__":
