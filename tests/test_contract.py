@@ -248,11 +248,6 @@ def test_what_is_not_built_yet_says_so(arguments, name):
         Adafactor([parameter(4)], lr=1.0, **arguments)
 
 
-def test_step_in_backward_is_not_built_yet():
-    with pytest.raises(NotImplementedError, match="not built yet"):
-        Adafactor([parameter(4)], lr=1.0).step_in_backward()
-
-
 # Gradients and parameters it does not take
 
 

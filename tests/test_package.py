@@ -26,7 +26,8 @@ LADDER = {
     "backends": {"_hyper", "_plan", "backends.cpu", "backends.reference"},  # the choice is made when it is asked for
     "backends.cpu": {"_hyper", "_plan", "backends"},
     "backends.reference": {"_plan", "_rounding", "_schedule", "backends"},
-    "_optimizer": {"_hyper", "_schedule", "_plan", "_rounding", "_state", "_reports", "backends"},
+    "_in_backward": set(),
+    "_optimizer": {"_hyper", "_schedule", "_plan", "_rounding", "_state", "_reports", "_in_backward", "backends"},
     "memory": {"_hyper", "_plan"},
     "recipes": set(),
     "compat": {"_hyper", "_optimizer"},

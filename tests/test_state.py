@@ -309,23 +309,28 @@ def test_our_checkpoint_brings_its_hyperparameters_and_its_plan():
     [(False, False), (True, False), (False, True)],
     ids=["nested", "full", "flattened"],
 )
-def test_a_partly_frozen_model_survives_distributed_checkpoints(full, flat):
+@pytest.mark.parametrize(
+    ("dtype", "kept"),
+    [(torch.float32, {}), (torch.bfloat16, {"weight_bits": 24, "momentum_dtype": "int8"})],
+    ids=["float32", "few bits"],
+)
+def test_a_partly_frozen_model_survives_distributed_checkpoints(full, flat, dtype, kept):
     from torch.distributed.checkpoint.state_dict import (
         StateDictOptions,
         get_optimizer_state_dict,
         set_optimizer_state_dict,
     )
 
-    model = torch.nn.Sequential(torch.nn.Linear(40, 40), torch.nn.Linear(40, 40))
+    model = torch.nn.Sequential(torch.nn.Linear(40, 40), torch.nn.Linear(40, 40)).to(dtype)
     model[0].weight.requires_grad_(False)
     views = {1: None, 2: ((), (0,), (1,))}
-    optimizer = Adafactor(model.parameters(), lr=1e-2, beta1=0.9, factor=lambda name, shape: views[len(shape)])
+    optimizer = Adafactor(model.parameters(), lr=1e-2, beta1=0.9, factor=lambda name, shape: views[len(shape)], **kept)
     generator = torch.Generator().manual_seed(0)
 
     def train_once():
         for p in model.parameters():
             if p.requires_grad:
-                p.grad = torch.randn(p.shape, generator=generator)
+                p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
         optimizer.step()
 
     train_once()
@@ -340,7 +345,7 @@ def test_a_partly_frozen_model_survives_distributed_checkpoints(full, flat):
         if p.requires_grad:
             torch.randn(p.shape, generator=generator)
     model.load_state_dict(weights_then)
-    optimizer = Adafactor(model.parameters(), lr=1.0, beta1=0.5, factor=lambda name, shape: views[len(shape)])
+    optimizer = Adafactor(model.parameters(), lr=1.0, beta1=0.5, factor=lambda name, shape: views[len(shape)], **kept)
     set_optimizer_state_dict(model, optimizer, saved, options=options)
     train_once()
     assert_equal(model.state_dict().values(), expected.values())

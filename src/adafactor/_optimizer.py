@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from adafactor import _state
 from adafactor._hyper import DEFAULTS, Hyper, Lr, caller_level, check_lr, dtype_name, resolve
+from adafactor._in_backward import InBackward
 from adafactor._plan import TensorPlan, View, check_parameter, resolve_factor, tensor_plan, view_of
 from adafactor._reports import Diagnostics, Explanation, diagnostics_of, explanation_of
 from adafactor._rounding import join_weight, stream_key
@@ -131,9 +132,12 @@ class Adafactor(Optimizer):
         for group in self.param_groups:
             self._warn_of_lost_updates(group)
 
+    _in_backward: InBackward | None = None  # the living handle, which copies do not have
+
     def _start(self, ready: bool = True) -> None:
         """What is rebuilt, not saved."""
         self._slots: dict[Tensor, _Slot] = {}
+        self._updated: dict[int, dict[str, Any]] = {}  # groups with updates that `step` has not counted yet
         self._warned_lr = False
         self._ready = ready  # not before the constructor has all groups
 
@@ -155,6 +159,8 @@ class Adafactor(Optimizer):
             if self._ready:
                 self._rebuild()
                 self._warn_of_lost_updates(group)
+                if self._in_backward is not None:
+                    self._in_backward.watch()
         except Exception:
             self.param_groups.pop()
             raise
@@ -164,19 +170,38 @@ class Adafactor(Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient. Never waits for the device.
 
+        While `step_in_backward` is on, those are the few that were not stepped during backward; their gradients are
+        freed too.
+
         Args:
             closure: re-evaluates the model and returns the loss; gradients are enabled while it runs.
 
         Raises:
-            ValueError: for a sparse gradient, naming the parameter.
+            ValueError: for a sparse gradient, naming the parameter, and if `step_in_backward` is on and the backward
+                passes since the last step do not add up.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        handle = self._in_backward
+        if handle is not None:
+            handle.check()
         with torch.no_grad():
-            self._update()
+            self._update((group, dict.fromkeys(group["params"])) for group in self.param_groups)
+        for group in self._updated.values():
+            self._show_lr(group, group["updates"] + 1)
+        self._updated.clear()
+        if handle is not None:
+            handle.finish()
         return loss
+
+    @torch._disable_dynamo  # pyright: ignore[reportPrivateImportUsage]
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As in `torch.optim`. Backward passes whose gradients are dropped do not count for `step_in_backward`."""
+        super().zero_grad(set_to_none)
+        if self._in_backward is not None:
+            self._in_backward.forget()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint of this class, or of the Adafactor of `transformers`, `torch.optim` or `timm`.
@@ -244,9 +269,42 @@ class Adafactor(Optimizer):
             weights[slot.plan.name] = join_weight(p.detach(), *planes) if planes else p.detach().clone()
         return weights
 
-    def step_in_backward(self, accumulation_steps: int = 1) -> Any:
-        """Not built yet: update parameters during backward and free their gradients."""
-        raise NotImplementedError("step_in_backward is not built yet; call step() after backward")
+    def step_in_backward(self, accumulation_steps: int = 1) -> InBackward:
+        """Update each parameter during backward, as soon as its gradient is final, and free the gradient.
+
+        The bits are those of the plain step. `step()` stays the call at the end of an iteration: it steps what waited
+        for it, checks that the passes add up, and counts the updates that lr schedules show. `docs/in-backward.md` has
+        what works together, and what raises.
+
+        Args:
+            accumulation_steps: backward passes >= 1 that gather gradients before each `step()`; parameters are stepped
+                during the last one (default: 1)
+
+        Returns:
+            A handle: `remove()`, or the end of a `with` block, undoes it; `accumulation_steps` may be assigned.
+
+        Raises:
+            ValueError: if it is on already, or the model is in DistributedDataParallel. Later, in backward: if a pass
+                is one too many, or gradients are not what the plain step would see; the message says the fix.
+
+        Example:
+            >>> import torch, adafactor
+            >>> model = torch.nn.Linear(64, 64)
+            >>> optimizer = adafactor.Adafactor(model.parameters(), lr=1e-3)
+            >>> with optimizer.step_in_backward():
+            ...     for _ in range(3):
+            ...         model(torch.ones(8, 64)).square().mean().backward()  # steps, and frees gradients
+            ...         optimizer.step()
+            >>> model.weight.grad is None
+            True
+        """
+        if self._in_backward is not None:
+            raise ValueError(
+                "step_in_backward is on already for this optimizer; remove() its handle first, or assign the handle's "
+                "accumulation_steps"
+            )
+        self._in_backward = InBackward(self, accumulation_steps)
+        return self._in_backward
 
     def _get_lr(self, param_group: dict[str, Any], param_state: dict[str, Any]) -> Any:
         """The step size of a group before scaling, under the name that transformers' AdafactorSchedule calls."""
@@ -256,14 +314,15 @@ class Adafactor(Optimizer):
 
     # The step
 
-    def _update(self) -> None:
+    def _update(self, chosen: Iterable[tuple[dict[str, Any], Iterable[Tensor]]]) -> None:
+        """One update of those of the chosen parameters that have a gradient, group by group."""
         batches: dict[str, tuple[Backend, list[Task]]] = {}
-        updated: list[dict[str, Any]] = []
+        updated: dict[int, dict[str, Any]] = {}
         try:
-            for group in self.param_groups:
+            for group, params in chosen:
                 hyper = Hyper.of(group)
                 lr = self._lr(group, hyper)
-                for p in dict.fromkeys(group["params"]):
+                for p in params:
                     g = p.grad
                     if g is None:
                         continue
@@ -279,8 +338,7 @@ class Adafactor(Optimizer):
                     if backend.name not in batches:
                         batches[backend.name] = backend, []
                     batches[backend.name][1].append(slot.task)
-                    if not updated or updated[-1] is not group:
-                        updated.append(group)
+                    updated[id(group)] = group
             for backend, batch in batches.values():
                 # On one device the local sums are the global sums; sharded, they will cross the mesh in between.
                 backend.step(batch)
@@ -288,8 +346,12 @@ class Adafactor(Optimizer):
             for _, batch in batches.values():
                 for task in batch:
                     task.let_go()
-        for group in updated:
-            self._show_lr(group, group["updates"] + 1)
+        self._updated |= updated
+
+    def _update_one(self, p: Tensor, group: dict[str, Any]) -> None:
+        """The update of one parameter, in the middle of backward."""
+        with torch.no_grad():
+            self._update(((group, (p,)),))
 
     def _show_lr(self, group: dict[str, Any], updates: int) -> None:
         group["updates"] = updates
@@ -322,6 +384,11 @@ class Adafactor(Optimizer):
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
 
+    def _name_of(self, p: Tensor) -> str:
+        if p not in self._slots:
+            self._rebuild()
+        return self._slots[p].plan.name
+
     def _named(self, group: dict[str, Any], start: int) -> Iterator[tuple[int, str, Tensor]]:
         """(index in the group, name or "param ordinal", parameter); `start` is the first one's ordinal."""
         names = group.get("param_names")
@@ -337,7 +404,11 @@ class Adafactor(Optimizer):
             if slot.key == _key(p, hyper):
                 slot.hyper = hyper
                 return slot
-        self._rebuild()
+        if slot and slot.plan.shape == p.shape and slot.key[1:] == _key(p, hyper)[1:]:
+            # Moved or cast, as trainers do block by block: the others are as they were.
+            self._slots[p] = self._new_slot(p, slot.plan.name, hyper, slot.plan.view)
+        else:
+            self._rebuild()
         return self._slots[p]
 
     def _rebuild(self) -> None:

@@ -160,7 +160,7 @@ def tensor_plan(
         if kept == "float32" or (kept == "int8" and view is None):
             kept = compute  # one byte needs rows to share scales along
         state.append(TensorSpec("exp_avg", shape, kept))
-        if kept == "int8":
+        if kept == "int8" and view is not None:
             blocks = -(-math.prod(shape[axis] for axis in view.cols) // MOMENTUM_BLOCK)
             state.append(TensorSpec("exp_avg_scale", (*_without(shape, view.cols), blocks), "float32"))
     planes = PLANES[hyper.weight_bits] if hyper.weight_bits and dtype == "bfloat16" else ()

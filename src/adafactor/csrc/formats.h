@@ -18,6 +18,9 @@ struct f16 {
 struct i8 {
   int8_t code;
 };
+struct lane {  // a float32 number in pair order
+  float value;
+};
 struct nothing {};
 
 template <class T>
@@ -65,7 +68,9 @@ INLINE F32 widen(U32 half) {  // float16 in the low bits
 
 template <bool PAIRS, class T>
 INLINE Part load_part(const T* block, int k) {
-  if constexpr (!PAIRS) {
+  if constexpr (std::is_same_v<T, lane>) {
+    return load_lanes(&block->value, k);
+  } else if constexpr (!PAIRS) {
     return load_lanes(block, k);
   } else if constexpr (std::is_same_v<T, float>) {
     const F32 x = load<F32>(block + 2 * k * WIDTH), y = load<F32>(block + (2 * k + 1) * WIDTH);
@@ -222,7 +227,9 @@ INLINE U32 nearest_to(f16*, Part x) { return halves(f16_nearest(x.a), f16_neares
 // PLAIN: the draws are.
 template <bool PAIRS, bool PLAIN, bool TAME, class T>
 INLINE void store_part(T* block, int k, Part x, bool stochastic, Draws& draws) {
-  if constexpr (!PAIRS) {
+  if constexpr (std::is_same_v<T, lane>) {
+    store_lanes(&block->value, k, x);
+  } else if constexpr (!PAIRS) {
     store_lanes(block, k, x);
   } else if constexpr (std::is_same_v<T, float>) {
     store(block + 2 * k * WIDTH, zip_low(x.a, x.b));
@@ -241,17 +248,15 @@ struct Split {
 
 template <bool ALL_BITS>
 INLINE Split split(F32 x) {
-  U32 word = (U32)x;
-  const U32 sign = word & 0x80000000u;
-  word &= 0x7FFFFFFFu;
+  const U32 infinity = keep(0x7F800000u), sign = (U32)x & 0x80000000u;
+  S32 word = (S32)x & 0x7FFFFFFF;
   if constexpr (!ALL_BITS) {
-    U32 rounded = (word + 0x80u) & 0xFFFFFF00u;
-    rounded = choose((U32)(rounded < 0x7F800000u), rounded, all(0x7F7FFF00u));
-    word = choose((U32)(word < 0x7F800000u), rounded, word);
+    const S32 rounded = smaller((word + 0x80) & ~0xFF, (S32)(infinity - 0x100u));
+    word = (S32)choose((U32)(word < (S32)infinity), (U32)rounded, (U32)word);
   }
-  word = choose((U32)(word > 0x7F800000u), all(0x7FC00000u), word) | sign;
-  const U32 top = (word + 0x8000u) & keep(0xFFFF0000u);
-  return {top, word - top};
+  const U32 whole = choose((U32)(word > (S32)infinity), all(0x7FC00000u), (U32)word) | sign;
+  const U32 top = (whole + 0x8000u) & keep(0xFFFF0000u);
+  return {top, whole - top};
 }
 
 template <bool PAIRS, class P, class L, class K>
@@ -280,39 +285,38 @@ INLINE void store_split(P* block, L* low, K* lowest, int k, Part x) {
     store_halves(lowest + 2 * k * WIDTH, (a.remainder & 0xFFu) | (b.remainder & 0xFFu) << 8);
 }
 
-// Momentum in one byte. `fresh` holds one block of it, in the order of memory.
+// Momentum in one byte. `fresh` holds one block of it, with zeros beyond `count`.
 
 constexpr int64_t MOMENTUM_BLOCK = 128;
 constexpr float CODES = 127;
 
-INLINE void dequantize(const i8* codes, int64_t count, float scale, float* fresh) {
+INLINE U32 magnitude(F32 x) { return (U32)x & keep(0x7FFFFFFFu); }
+
+INLINE void dequantize(const i8* codes, int64_t count, float scale, lane* fresh) {
   alignas(64) i8 all_codes[MOMENTUM_BLOCK] = {};
   memcpy(all_codes, codes, count);
   for (int64_t j = 0; j < count; j += BLOCK) EACH_PART(k) {
       const U32 bytes = load_halves(all_codes + j + 2 * k * WIDTH);
       const F32 a = to_float((S32)(bytes << 24) >> 24), b = to_float((S32)(bytes << 16) >> 24);
-      const Part M = {a * (F32)((U32)a & 0x7FFFFFFFu) * scale, b * (F32)((U32)b & 0x7FFFFFFFu) * scale};
-      store(fresh + j + 2 * k * WIDTH, zip_low(M.a, M.b));
-      store(fresh + j + (2 * k + 1) * WIDTH, zip_high(M.a, M.b));
+      store_lanes(&fresh[j].value, k, {a * (F32)magnitude(a) * scale, b * (F32)magnitude(b) * scale});
     }
 }
 
 INLINE U32 code_of(F32 M, float inverse, F32 draw) {
-  F32 square = (F32)((U32)M & 0x7FFFFFFFu) * inverse;
-  square = (F32)choose((U32)(square < CODES * CODES), (U32)square, (U32)all(CODES * CODES));
-  const F32 below = to_float(to_int(root(square)));
-  const S32 up = square - below * below > draw * (below * 2 + 1);  // -1 where true
-  const S32 code = to_int(below) - up;
-  const S32 sign = (S32)M >> 31;
-  return (U32)((code ^ sign) - sign) & 0xFFu;
+  const F32 square = smaller((F32)magnitude(M) * inverse, all(CODES * CODES));
+  const S32 code = to_int(root(square)), sign = (S32)M >> 31;
+  const F32 below = to_float(code);
+  const S32 up = square - below * below > draw * (below + below + 1);  // -1 where true
+  return (U32)(((code - up) ^ sign) - sign) & keep(0xFFu);
 }
 
-INLINE void quantize(const float* fresh, int64_t count, bool stochastic, Draws& draws, i8* codes, float& scale) {
+template <bool PLAIN>
+INLINE void quantize(const lane* fresh, int64_t count, bool stochastic, Draws& draws, i8* codes, float& scale) {
   S32 most = {};
-  for (int64_t j = 0; j < count; j += WIDTH) {  // beyond `count` there are zeros
-    const S32 magnitude = (S32)((U32)load<F32>(fresh + j) & 0x7FFFFFFFu);
-    most = (S32)choose((U32)(magnitude > most), (U32)magnitude, (U32)most);
-  }
+  for (int64_t j = 0; j < count; j += BLOCK) EACH_PART(k) {
+      const Part M = load_lanes(&fresh[j].value, k);
+      most = larger(most, larger((S32)magnitude(M.a), (S32)magnitude(M.b)));
+    }
   int32_t word = 0;
   for (int i = 0; i < WIDTH; ++i) word = most[i] > word ? most[i] : word;
   float largest;
@@ -322,13 +326,15 @@ INLINE void quantize(const float* fresh, int64_t count, bool stochastic, Draws& 
   const float inverse = empty || !finite ? 0 : 1 / scale;
   alignas(64) i8 all_codes[MOMENTUM_BLOCK] = {};
   for (int64_t j = 0; j < count; j += BLOCK) EACH_PART(k) {
-      const Part M = load_part<true>(fresh + j, k);
+      const Part M = load_lanes(&fresh[j].value, k);
       Part draw = {all(0.5f), all(0.5f)};
       if (stochastic) {
-        const Bits bits = draws.next<false>();
+        const Bits bits = draws.next<PLAIN>();
         draw = {(to_float((S32)bits.a) + 0.5f) * 0x1p-16f, (to_float((S32)bits.b) + 0.5f) * 0x1p-16f};
       }
-      if (finite) store_halves(all_codes + j + 2 * k * WIDTH, code_of(M.a, inverse, draw.a) | code_of(M.b, inverse, draw.b) << 8);
+      if (finite)
+        store_halves(all_codes + j + 2 * k * WIDTH,
+                     code_of(M.a, inverse, draw.a) | code_of(M.b, inverse, draw.b) << 8);
     }
   memcpy(codes, all_codes, count);
 }

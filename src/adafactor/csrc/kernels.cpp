@@ -282,7 +282,7 @@ void apply(Job& job, int64_t index) {
   using V = std::conditional_t<FACTORED, nothing, float>;
   using B = std::conditional_t<FACTORED, float, nothing>;
   constexpr bool momentum = !IS_NOTHING<M>, one_byte = std::is_same_v<M, i8>, extended = !IS_NOTHING<L>;
-  using A = std::conditional_t<one_byte, float, M>;  // momentum as it is worked on
+  using A = std::conditional_t<one_byte, lane, M>;  // momentum as it is worked on
   constexpr int64_t GROUP = one_byte ? MOMENTUM_BLOCK : SEGMENT;
 
   const Task& task = *job.task;
@@ -296,7 +296,7 @@ void apply(Job& job, int64_t index) {
   const SecondMoment moment(job);
   const int64_t step = (int64_t)*task.step + 1;
   Draws weights(task.weights_stream, step), averages(task.momentum_stream, step);
-  alignas(64) float fresh[one_byte ? MOMENTUM_BLOCK : 1] = {};  // one-byte momentum, unpacked
+  alignas(64) lane fresh[one_byte ? MOMENTUM_BLOCK : 1] = {};  // one-byte momentum, unpacked
 
   // Part k of a block. `plain` is std::true_type where things are as they nearly always are: `simple`, with plain draws.
   const auto update = [&](auto plain, P* p, L* low, K* lowest, const G* g, A* m, V* v, const B* b, F32 scale, int k,
@@ -316,7 +316,7 @@ void apply(Job& job, int64_t index) {
       store_part<PAIRS, PLAIN, false>(m, k, M_new, stochastic, averages);
       x = nesterov ? M_new * beta1 + x * rest1 : M_new;
       x = x * after;
-      if constexpr (std::is_same_v<A, float> && std::is_same_v<P, bf16>) x = short_nan(x);
+      if constexpr (sizeof(A) == 4 && std::is_same_v<P, bf16>) x = short_nan(x);
     }
     if (decays) x = x + weight * shrink;
     if (PLAIN || moves) {
@@ -368,7 +368,7 @@ void apply(Job& job, int64_t index) {
           const Cut<L> cut_low(past(low, j), to - j);
           const Cut<K> cut_lowest(past(lowest, j), to - j);
           const Cut<const G> cut_g(g + j, to - j);
-          const Cut<A> cut_m(past(m, j - from), to - j);
+          const Cut<A> cut_m(past(m, j - from), one_byte ? BLOCK : to - j);
           const Cut<V> cut_v(past(v, j), to - j, 1);
           EACH_PART(k) update(std::false_type(), cut_p.at, cut_low.at, cut_lowest.at, cut_g.at, cut_m.at, cut_v.at,
                               past(b, j), scale, k, lanes);
@@ -378,8 +378,13 @@ void apply(Job& job, int64_t index) {
           cut_m.put_back();
           cut_v.put_back();
         }
-        if constexpr (one_byte)
-          quantize(fresh, to - from, stochastic, averages, kept + from, m_scale[from / GROUP]);
+        if constexpr (one_byte) {
+          float& block_scale = m_scale[from / GROUP];
+          if (plain)
+            quantize<true>(fresh, to - from, stochastic, averages, kept + from, block_scale);
+          else
+            quantize<false>(fresh, to - from, stochastic, averages, kept + from, block_scale);
+        }
       }
       if (scaled) param_sq += lanes.total();
     }

@@ -55,7 +55,7 @@ INLINE U32 load_halves(const void* at) {
 #else
   uint16_t half[WIDTH];
   memcpy(half, at, sizeof half);
-  U32 x;
+  U32 x = {};
   for (int i = 0; i < WIDTH; ++i) x[i] = half[i];
   return x;
 #endif
@@ -96,6 +96,36 @@ INLINE bool flag(bool x) {
 }
 
 INLINE U32 choose(U32 mask, U32 yes, U32 no) { return no ^ (mask & (yes ^ no)); }
+
+INLINE F32 smaller(F32 x, F32 limit) {
+#if defined(__AVX512BW__)
+  return (F32)_mm512_min_ps((__m512)x, (__m512)limit);
+#elif defined(__AVX2__)
+  return (F32)_mm256_min_ps((__m256)x, (__m256)limit);
+#else
+  return (F32)choose((U32)(x < limit), (U32)x, (U32)limit);
+#endif
+}
+
+INLINE S32 smaller(S32 x, S32 limit) {
+#if defined(__AVX512BW__)
+  return (S32)_mm512_min_epi32((__m512i)x, (__m512i)limit);
+#elif defined(__AVX2__)
+  return (S32)_mm256_min_epi32((__m256i)x, (__m256i)limit);
+#else
+  return (S32)choose((U32)(x < limit), (U32)x, (U32)limit);
+#endif
+}
+
+INLINE S32 larger(S32 x, S32 y) {
+#if defined(__AVX512BW__)
+  return (S32)_mm512_max_epi32((__m512i)x, (__m512i)y);
+#elif defined(__AVX2__)
+  return (S32)_mm256_max_epi32((__m256i)x, (__m256i)y);
+#else
+  return (S32)choose((U32)(x > y), (U32)x, (U32)y);
+#endif
+}
 
 // The lower half of each word from the one, the upper from the other.
 INLINE U32 upper_halves(U32 low, U32 high) {

@@ -1,0 +1,461 @@
+"""Stepping inside of backward: hooks that call the optimizer for each parameter as soon as its gradient is final.
+
+A backward pass is one run of the autograd engine, which numbers its runs. What would make the gradient at hand a wrong
+one (reentrant checkpointing, a GradScaler, DistributedDataParallel), or would look for gradients that are gone
+(clipping), is noticed through thin wrappers around torch's own functions, which stand while any handle lives.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import sys
+import threading
+import warnings
+import weakref
+from collections.abc import Callable, Iterable
+from types import FrameType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
+from torch.utils.hooks import RemovableHandle
+
+
+class Stepper(Protocol):
+    """What the hooks ask of an optimizer, whose `step` calls `check`, steps what has a gradient left, and `finish`."""
+
+    param_groups: list[dict[str, Any]]
+    _in_backward: InBackward | None
+
+    def _update_one(self, p: Tensor, group: dict[str, Any]) -> None: ...
+
+    def _name_of(self, p: Tensor) -> str: ...
+
+
+class InBackward:
+    """What `Adafactor.step_in_backward` returns: lives until `remove()`, or to the end of a `with` block.
+
+    It is the optimizer's and keeps neither it nor the model alive.
+    """
+
+    def __init__(self, optimizer: Stepper, accumulation_steps: int) -> None:
+        self._optimizer = weakref.ref(optimizer)
+        self._accumulation_steps = _checked_steps(accumulation_steps)
+        self._lock = threading.RLock()  # the engine has a thread for each device
+        # Parameters go by id: swap_tensors refuses tensors with weak references, and strong ones would keep them alive.
+        self._hooks: dict[int, tuple[RemovableHandle, int]] = {}  # and the tensor behind the Python object
+        self._places: dict[int, int] = {}  # the group of each parameter
+        self._hook = functools.partial(_arrived, weakref.ref(self))
+        self._finalizer: weakref.finalize | None = None
+        self._warned: set[str] = set()
+        self._begin()
+        self._refuse_others(optimizer)
+        _live.append(self)
+        try:
+            self.watch()
+            if len(_live) == 1:
+                _wrap_all()
+        except BaseException:
+            self.remove()
+            raise
+        self._finalizer = weakref.finalize(optimizer, self.remove)
+        self._finalizer.atexit = False
+
+    def _begin(self) -> None:
+        """An iteration: what happens until `optimizer.step()`."""
+        self._passes = 0
+        self._pass = -1  # the engine's number of the last one
+        self._run = -1  # the engine's number of the run that the last hook was called in
+        self._stepped: set[int] = set()
+        self._lrs: dict[int, Any] = {}  # that groups were stepped with
+        self._waits = False  # every step is left to optimizer.step()
+        self._counted = True  # whether every pass that brought gradients could be told apart
+        self._scaled_before = _scaled_run
+
+    # What users may do
+
+    @property
+    def accumulation_steps(self) -> int:
+        """After how many backward passes the gradients are complete; a last, shorter group may assign its own.
+
+        Raises:
+            ValueError: on assignment, if it is no integer >= 1, or parameters have been stepped in this iteration.
+        """
+        return self._accumulation_steps
+
+    @accumulation_steps.setter
+    def accumulation_steps(self, value: int) -> None:
+        if self._stepped:
+            raise ValueError(
+                f"accumulation_steps={value!r} comes too late: {len(self._stepped)} parameters have been stepped in "
+                "backward since the last optimizer.step(); assign it before the last backward pass"
+            )
+        self._accumulation_steps = _checked_steps(value)
+
+    def remove(self) -> None:
+        """Undo it: no hooks, torch's functions as they were. Gradients gathered so far stay where they are."""
+        if self not in _live:
+            return
+        _live.remove(self)
+        if self._finalizer is not None:
+            self._finalizer.detach()
+        for key in list(self._hooks):
+            self._unhook(key)
+        optimizer = self._optimizer()
+        if optimizer is not None and optimizer._in_backward is self:
+            optimizer._in_backward = None
+        if not _live:
+            _put_back_all()
+
+    def __enter__(self) -> InBackward:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.remove()
+
+    # What the optimizer calls
+
+    def watch(self) -> None:
+        """Hook every trainable parameter of the groups as they are now, and no other."""
+        optimizer = self._optimizer()
+        assert optimizer is not None
+        places: dict[int, int] = {}
+        for index, group in enumerate(optimizer.param_groups):
+            for p in group["params"]:
+                places.setdefault(id(p), index)
+                if p.requires_grad and not self.watches(p) and not is_lazy(p):
+                    if p._post_accumulate_grad_hooks:  # swap_tensors leaves Python's half of a hook behind
+                        p._post_accumulate_grad_hooks = p._post_accumulate_grad_hooks
+                    self._unhook(id(p))
+                    self._hooks[id(p)] = p.register_post_accumulate_grad_hook(self._hook), p._cdata
+        for key in self._hooks.keys() - places.keys():
+            self._unhook(key)
+        self._places = places
+
+    def watches(self, p: Tensor) -> bool:
+        hook, tensor = self._hooks.get(id(p), (None, 0))
+        return hook is not None and tensor == p._cdata and hook.id in (p._post_accumulate_grad_hooks or ())
+
+    def _unhook(self, key: int) -> None:
+        if key in self._hooks:
+            self._hooks.pop(key)[0].remove()
+
+    def has_stepped(self, p: Tensor) -> bool:
+        """In this iteration."""
+        return id(p) in self._stepped
+
+    def check(self) -> None:
+        """At the start of `optimizer.step()`.
+
+        Raises:
+            ValueError: if the passes do not add up, or a gradient came after its parameter's step.
+        """
+        optimizer = self._optimizer()
+        assert optimizer is not None
+        left = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        for p in filter(self.has_stepped, left):
+            raise ValueError(
+                f"parameter {optimizer._name_of(p)!r} was stepped in backward and has a gradient again; call "
+                "optimizer.zero_grad() to drop it, and optimizer.step() after every "
+                f"{self._accumulation_steps} backward passes"
+            )
+        expected, passes = self._accumulation_steps, self._passes
+        if passes not in (0, expected):
+            raise ValueError(
+                f"optimizer.step() after {passes} backward passes with accumulation_steps={expected} (a pass that "
+                "brings none of this optimizer's parameters a gradient does not count); for a shorter group of "
+                f"micro-batches, assign accumulation_steps = {passes} to what step_in_backward() returned"
+            )
+        if self._counted and not passes:
+            for p in filter(self.watches, left):
+                raise ValueError(
+                    f"parameter {optimizer._name_of(p)!r} has a gradient, but no backward pass has run since "
+                    "step_in_backward() or the last optimizer.step(); call step_in_backward() before backward, or "
+                    "zero_grad() to drop gradients that were there before or set by hand"
+                )
+        for index, lr in self._lrs.items():
+            if _mark(optimizer.param_groups[index]["lr"]) != lr:
+                self._warn(
+                    f"the lr of param group {index} changed between backward and optimizer.step(); with "
+                    "step_in_backward the step was taken during backward, with the lr before: set lr before backward",
+                )
+
+    def finish(self) -> None:
+        """At the end of `optimizer.step()`: no gradient is left, and the next iteration begins."""
+        optimizer = self._optimizer()
+        assert optimizer is not None
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.grad = None
+        self._begin()
+        self.watch()
+
+    def forget(self) -> None:
+        """After `optimizer.zero_grad()`: passes whose gradients were dropped before any was used do not count."""
+        if not self._stepped:
+            self._begin()
+
+    # What torch calls
+
+    def arrived(self, p: Tensor) -> None:
+        """A gradient was added to `p.grad`.
+
+        Raises:
+            ValueError: before anything is written, if this gradient is not what the plain step would see.
+        """
+        with self._lock:
+            optimizer = self._optimizer()
+            if optimizer is None or p.grad is None:
+                return
+            run = torch._C._current_graph_task_id()
+            if run != self._run:
+                self._enter(run)
+            place = self._places.get(id(p))
+            if place is None:  # it has left the optimizer
+                return
+            if id(p) in self._stepped:
+                raise ValueError(
+                    f"parameter {optimizer._name_of(p)!r} got a second gradient in one backward pass, after it was "
+                    "stepped: a weight that is used inside and outside of a reentrant checkpoint; checkpoint with "
+                    "use_reentrant=False"
+                )
+            if self._waits or self._passes < self._accumulation_steps:
+                return
+            group = optimizer.param_groups[place]
+            optimizer._update_one(p, group)
+            p.grad = None
+            self._stepped.add(id(p))
+            if place not in self._lrs:
+                self._lrs[place] = _mark(group["lr"])
+
+    def note_reentrant_checkpoint(self) -> None:
+        self._waits = True
+
+    def _enter(self, run: int) -> None:
+        """The first hook in a run of the engine, or the first one after a run inside of it."""
+        nested = _is_nested()
+        if run == _scaled_run or (nested and _scaled_run > max(self._pass, self._scaled_before)):
+            raise ValueError(
+                "step_in_backward would apply gradients that a GradScaler has scaled. bfloat16 needs no scaler: leave "
+                "it out, or build it with GradScaler(enabled=False); with float16, use the plain optimizer.step()"
+            )
+        if nested:
+            self._waits, self._counted = True, False
+        elif run != self._pass:
+            if self._passes == self._accumulation_steps:
+                raise ValueError(
+                    f"backward pass {self._passes + 1} since the last optimizer.step(), with accumulation_steps="
+                    f"{self._accumulation_steps}: call optimizer.step() after every {self._accumulation_steps}, or "
+                    "step_in_backward(accumulation_steps=...) with the number of passes"
+                )
+            self.watch()
+            self._passes, self._pass = self._passes + 1, run
+        if self._waits:
+            self._warn(
+                "a reentrant checkpoint delivers gradients before they are complete: all parameters wait for "
+                "optimizer.step(), and no memory is saved; checkpoint with use_reentrant=False"
+            )
+        self._run = run
+
+    def _refuse_others(self, optimizer: Stepper) -> None:
+        """Other handles that watch the same parameters, and DistributedDataParallel around them.
+
+        What is only waiting for the garbage collector is not in the way.
+        """
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        for last_try in (False, True):
+            rivals = [p for p in params if any(handle.watches(p) for handle in _live)]
+            modules = _data_parallel_modules()
+            wrapped = any(_shares(module, params) for module in modules)
+            if not (rivals or wrapped):
+                return
+            if not last_try:
+                del modules
+                gc.collect()
+        if wrapped:
+            raise ValueError(_DATA_PARALLEL)
+        raise ValueError(
+            f"parameter {optimizer._name_of(rivals[0])!r} is stepped in backward by another optimizer; remove() the "
+            "handle of one of them"
+        )
+
+    def _warn(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            warnings.warn(message, stacklevel=2)
+
+
+# Where a training loop is compiled as a whole, what the engine calls would be compiled too.
+_uncompiled: Any = torch._disable_dynamo  # pyright: ignore[reportPrivateImportUsage]
+
+
+@_uncompiled
+def _arrived(reference: weakref.ref[InBackward], p: Tensor) -> None:
+    """The hook, the same for every parameter; it does not keep the handle alive."""
+    handle = reference()
+    if handle is not None:
+        handle.arrived(p)
+
+
+def _checked_steps(value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"accumulation_steps must be an integer >= 1, got {value!r}")
+    return value
+
+
+def _mark(lr: Any) -> Any:
+    """Something that is equal as long as lr is; its value may be on a device that nobody waits for."""
+    return (id(lr), lr._version) if isinstance(lr, Tensor) else lr
+
+
+_ENGINE = torch.autograd.graph._engine_run_backward.__code__
+_APPLY = {
+    getattr(torch.autograd.function.BackwardCFunction, name).__code__
+    for name in ("apply", "apply_boxed")
+    if hasattr(torch.autograd.function.BackwardCFunction, name)
+}
+
+
+def _is_nested() -> bool:
+    """Whether this run of the engine was started from within an autograd function's backward: reentrant checkpointing.
+
+    The engine says the number of a run, not which one it is part of; the stack does, in the engine's own threads too.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    inside = False
+    while frame is not None:
+        if frame.f_code is _ENGINE:
+            inside = True
+        elif inside and frame.f_code in _APPLY:
+            return True
+        frame = frame.f_back
+    return False
+
+
+# torch's functions, wrapped while any handle lives
+
+_live: list[InBackward] = []
+_wrapped: list[tuple[Any, str, Any, Any]] = []  # owner, name, what stood there, what stands there
+_scaled_run = -1  # the last run of the engine that went through a GradScaler's multiplication
+
+
+def _wrap_all() -> None:
+    from torch.nn import utils
+    from torch.nn.utils import clip_grad
+    from torch.utils.checkpoint import CheckpointFunction
+
+    for name in ("clip_grad_norm_", "clip_grad_value_", "clip_grads_with_norm_"):
+        _wrap(utils, name, _checked_clipping)
+    # The last one is what clip_grad_norm_ calls, and so what sees those who imported that by name long ago.
+    for name in ("clip_grad_norm_", "clip_grad_value_", "_clip_grads_with_norm_"):
+        _wrap(clip_grad, name, _checked_clipping)
+    _wrap(CheckpointFunction, "forward", _noted_checkpoint)
+    scalers: list[type] = [torch.amp.GradScaler]
+    for scaler in scalers:
+        scalers.extend(scaler.__subclasses__())
+        _wrap(scaler, "scale", _marked_scale)
+    _wrap(DistributedDataParallel, "forward", _refused_forward)
+
+
+def _wrap(owner: Any, name: str, wrapper: Callable[[Any], Any]) -> None:
+    if name not in vars(owner):
+        return
+    original = vars(owner)[name]
+    static = isinstance(original, staticmethod)
+    function = original.__func__ if static else original
+    wrapping: Any = functools.wraps(function)(wrapper(function))
+    if static:
+        wrapping = staticmethod(wrapping)
+    setattr(owner, name, wrapping)
+    _wrapped.append((owner, name, original, wrapping))
+
+
+def _put_back_all() -> None:
+    while _wrapped:
+        owner, name, original, wrapping = _wrapped.pop()
+        if vars(owner).get(name) is wrapping:  # else somebody has wrapped ours, which passes everything through now
+            setattr(owner, name, original)
+
+
+def _checked_clipping(clip: Callable[..., Any]) -> Callable[..., Any]:
+    @_uncompiled
+    def checked(parameters: Any, *args: Any, **kwargs: Any) -> Any:
+        params = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+        gone = sum(any(handle.has_stepped(p) for handle in _live) for p in params)
+        if gone:
+            raise ValueError(
+                f"nothing left to clip: step_in_backward has applied and freed the gradients of {gone} of these "
+                f"{len(params)} parameters. Adafactor clips every update instead (clip_threshold=1.0, on by default): "
+                "leave gradient clipping out (max_grad_norm=0 in most trainers), or use the plain optimizer.step()"
+            )
+        return clip(params or parameters, *args, **kwargs)
+
+    return checked
+
+
+def _noted_checkpoint(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def noted(ctx: Any, *args: Any, **kwargs: Any) -> Any:
+        if any(ctx.needs_input_grad):
+            for handle in _live:
+                handle.note_reentrant_checkpoint()
+        return forward(ctx, *args, **kwargs)
+
+    return noted
+
+
+def _marked_scale(scale: Callable[..., Any]) -> Callable[..., Any]:
+    @_uncompiled
+    def marked(self: torch.amp.GradScaler, outputs: Any) -> Any:
+        scaled = scale(self, outputs)
+        return _mark_scaled(scaled) if self.is_enabled() else scaled
+
+    return marked
+
+
+def _mark_scaled(scaled: Any) -> Any:
+    if isinstance(scaled, Tensor):
+        if scaled.requires_grad:
+            scaled.register_hook(_note_scaled)
+        return scaled
+    if isinstance(scaled, (list, tuple)):
+        for each in scaled:
+            _mark_scaled(each)
+        return scaled
+    return map(_mark_scaled, scaled)
+
+
+@_uncompiled
+def _note_scaled(gradient: Tensor) -> None:
+    global _scaled_run
+    _scaled_run = torch._C._current_graph_task_id()
+
+
+_DATA_PARALLEL = (
+    "step_in_backward cannot step the parameters of a DistributedDataParallel module yet: their gradients are final "
+    "only after its all-reduce, which comes after the hooks; call optimizer.step() after backward instead"
+)
+
+
+def _refused_forward(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def refused(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if _live and torch.is_grad_enabled() and any(handle.watches(p) for p in self.parameters() for handle in _live):
+            raise ValueError(_DATA_PARALLEL)
+        return forward(self, *args, **kwargs)
+
+    return refused
+
+
+def _data_parallel_modules() -> list[torch.nn.Module]:
+    """Those alive: their forward may have run already, and nothing at a parameter tells."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return []
+    return [each for each in gc.get_objects() if issubclass(type(each), DistributedDataParallel)]
+
+
+def _shares(module: torch.nn.Module, params: Iterable[Tensor]) -> bool:
+    ours = {id(p) for p in params}
+    return any(id(p) in ours for p in module.parameters())
