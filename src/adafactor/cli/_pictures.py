@@ -121,7 +121,15 @@ def label_ends(ax: Axes, ends: list[tuple[float, float, str, str]]) -> None:
             fontweight="bold",
             va="center",
             annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": color, "lw": 0.6, "alpha": 0.5, "shrinkA": 0, "shrinkB": 4},
+            arrowprops={
+                "arrowstyle": "-",
+                "color": color,
+                "lw": 0.6,
+                "alpha": 0.5,
+                "shrinkA": 0,
+                "shrinkB": 4,
+                "relpos": (0, 0.5),  # from the left end of the text, so that no line crosses another's name
+            },
         )
 
 
