@@ -15,6 +15,7 @@ import argparse
 import json
 import multiprocessing
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
@@ -288,6 +289,7 @@ def label(options: argparse.Namespace, setup: Setup, corpus: _text.Corpus) -> di
 
 def main() -> None:
     options = options_of(sys.argv[1:])
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the processes end with this one
     stored: dict[str, Any] = json.loads(options.out.read_text()) if options.out.exists() else {"cells": []}
     if not options.table:
         complete(options, stored)
@@ -318,8 +320,10 @@ def complete(options: argparse.Namespace, stored: dict[str, Any]) -> None:
                 write_json(options.out, stored)
                 last = {key: value for key, value in job.result().items() if key != "curve"}
                 print(f"{n} of {len(todo)}: {last}", flush=True)
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)  # Ctrl-C does not start the rest
+        except BaseException:  # the pool would wait for every training that it has queued
+            for worker in multiprocessing.active_children():
+                worker.terminate()
+            raise
 
 
 if __name__ == "__main__":
