@@ -122,7 +122,7 @@ class Trainer:
         torch.set_num_threads(setup.threads)
         self.setup, self.contender, self.lr, self.corpus = setup, contender, lr, corpus
         self.device = torch.device(setup.device)
-        self.model = ByteTransformer(setup.model, setup.seed).to(self.device)
+        self.model = self.fresh_model().to(self.device)
         for p in self.model.parameters():
             p.data = p.data.to(DTYPES[setup.dtype])
         try:
@@ -133,6 +133,10 @@ class Trainer:
         self.steps_done = 0
         self.seconds = 0.0  # spent in steps; evaluation and checkpoints are not counted
         self._window: list[tuple[float, float, float]] = []  # loss, seconds, seconds in the optimizer
+
+    def fresh_model(self) -> ByteTransformer:
+        """What the training starts from, in float32; ``benchmarks/rounding.py`` starts from trained weights."""
+        return ByteTransformer(self.setup.model, self.setup.seed)
 
     def step(self) -> None:
         """One training step.

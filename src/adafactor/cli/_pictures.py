@@ -89,7 +89,7 @@ def _loss(figure: Figure, results: list[Result], rows: dict[str, Rows], label: s
             ends.append((steps[-1], measured[-1], f"{result['title']} {measured[-1]:.3f}", color))
     if ends:
         ax.set_ylim(low - 0.03 * (high - low) - 0.01, high + 0.06 * (high - low) + 0.01)
-    _label_ends(ax, ends)
+    label_ends(ax, ends)
     ax.set_xlim(left=0)
     ax.set_xlabel(label)
     title = "Loss, nats per byte: thick with dots on validation text, thin on training text"
@@ -101,7 +101,7 @@ def _column(rows: Rows, column: str, unit: float) -> tuple[list[float], list[flo
     return [x for x, _ in pairs], [y for _, y in pairs]
 
 
-def _label_ends(ax: Axes, ends: list[tuple[float, float, str, str]]) -> None:
+def label_ends(ax: Axes, ends: list[tuple[float, float, str, str]]) -> None:
     """Name each curve beside its end, pushed apart where they would overlap."""
     bottom, top = ax.get_ylim()
     gap = (top - bottom) * 0.052
@@ -121,7 +121,15 @@ def _label_ends(ax: Axes, ends: list[tuple[float, float, str, str]]) -> None:
             fontweight="bold",
             va="center",
             annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": color, "lw": 0.6, "alpha": 0.5, "shrinkA": 0, "shrinkB": 4},
+            arrowprops={
+                "arrowstyle": "-",
+                "color": color,
+                "lw": 0.6,
+                "alpha": 0.5,
+                "shrinkA": 0,
+                "shrinkB": 4,
+                "relpos": (0, 0.5),  # from the left end of the text, so that no line crosses another's name
+            },
         )
 
 
