@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from adafactor import _state
-from adafactor._checks import refuse_sharded, refuse_shared, refuse_sparse, warn_of_lost_updates
+from adafactor._checks import refuse_flattened, refuse_sharded, refuse_shared, refuse_sparse, warn_of_lost_updates
 from adafactor._hyper import DEFAULTS, Hyper, Lr, caller_level, check_lr, dtype_name, resolve
 from adafactor._in_backward import InBackward
 from adafactor._plan import TensorPlan, View, check_parameter, resolve_factor, tensor_plan, view_of
@@ -214,6 +214,7 @@ class Adafactor(Optimizer):
         Raises:
             ValueError: if the checkpoint does not fit; the message names the parameter and the fix.
         """
+        refuse_flattened(self.param_groups, self._slots)
         before = self.state, self.param_groups
         hook = self.register_load_state_dict_pre_hook(_state.shield)
         try:
@@ -420,6 +421,7 @@ class Adafactor(Optimizer):
 
         Parameters without data (on "meta", or lazy) and frozen ones wait for their first use.
         """
+        refuse_flattened(self.param_groups, self._slots)
         self._forget_removed()
         slots: dict[Tensor, _Slot] = {}
         start, seen, places = 0, Counter(), {}
