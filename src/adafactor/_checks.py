@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import Parameter
 
+from adafactor._distributed import local
 from adafactor._hyper import Hyper, caller_level
 from adafactor._plan import TensorPlan
 
@@ -23,6 +24,7 @@ def refuse_sparse(name: str) -> None:
 
 def refuse_shared(name: str, p: Tensor, places: dict[tuple, str]) -> None:
     """`places` gathers whose memory has been seen where."""
+    p = local(p)
     if p.numel() and p.data_ptr():
         first = places.setdefault((p.device, p.data_ptr(), p.shape, p.stride()), name)
         if first != name:
@@ -32,7 +34,7 @@ def refuse_shared(name: str, p: Tensor, places: dict[tuple, str]) -> None:
             )
 
 
-def refuse_sharded(name: str, p: Tensor) -> None:
+def refuse_flattened(name: str, p: Tensor) -> None:
     if hasattr(p, "_fsdp_flattened") or getattr(p, "_is_flat_param", False):
         raise ValueError(
             f"parameter {name!r} was flattened by FSDP1, which hides the matrices that Adafactor factors; "
@@ -43,26 +45,23 @@ def refuse_sharded(name: str, p: Tensor) -> None:
             f"parameter {name!r} was partitioned by DeepSpeed ZeRO, which hides the matrices that Adafactor factors; "
             "use torch.distributed.fsdp.fully_shard (FSDP2)"
         )
-    if hasattr(p, "device_mesh"):
-        raise NotImplementedError(f"parameter {name!r} is sharded (a DTensor), which is not built yet")
 
 
-def refuse_flattened(groups: Iterable[Mapping[str, Any]], known: Collection[Tensor]) -> None:
+def refuse_replaced(groups: Iterable[Mapping[str, Any]], known: Collection[Tensor]) -> None:
     """`known` are the parameters as they were.
 
-    The flat tensors of ZeRO's stages 1 and 2 carry no mark, but those whose place they took do, once ZeRO is set up.
-    Its older versions step before that: what tells the flat tensors then is that they are no `Parameter`s and have
-    shapes of their own. The float32 copies that ZeRO's stage 0 and others put in the parameters' place keep the shapes.
+    The flat tensors of ZeRO's stages 1 and 2 carry no mark, but they are no `Parameter`s and have shapes of their own;
+    the float32 copies that ZeRO's stage 0 puts in the parameters' place keep the shapes. A group of a single vector
+    keeps its shape in any stage: what is left then is the mark on the parameters that went.
     """
     now = {p for group in groups for p in group["params"]}
     gone = [p for p in known if p not in now]
     new = [p for p in now if p not in known]
-    shapes = {p.shape for p in gone}
     if not gone or not new:
         return
-    marked = any(hasattr(p, "_hp_mapping") for p in gone)
+    shapes = {p.shape for p in gone}
     flat = all(p.ndim == 1 and not isinstance(p, Parameter) for p in new) and any(p.shape not in shapes for p in new)
-    if marked or (flat and any(isinstance(p, Parameter) for p in gone)):
+    if (flat and any(isinstance(p, Parameter) for p in gone)) or any(hasattr(p, "_hp_mapping") for p in gone):
         raise ValueError(
             f"the optimizer's parameters were replaced by flat tensors (one of shape {tuple(new[0].shape)}), as "
             "DeepSpeed ZeRO does, which hides the matrices that Adafactor factors; "
@@ -78,7 +77,8 @@ def warn_of_lost_updates(group: Mapping[str, Any], plans: Mapping[Tensor, Tensor
     lost = seen = 0
     for p in group["params"]:
         if p in plans and p.dtype in (torch.bfloat16, torch.float16) and not plans[p].planes:
-            some = p.detach().reshape(-1)[:: max(1, p.numel() // 1000)].double().abs()
+            some = local(p).detach().reshape(-1)
+            some = some[:: max(1, some.numel() // 1000)].double().abs()
             some = some[some.isfinite()]
             spacing = 2.0 ** some.log2().floor() * torch.finfo(p.dtype).eps
             lost += int((lr < spacing / 2).sum())
