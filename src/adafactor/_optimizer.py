@@ -357,7 +357,8 @@ class Adafactor(Optimizer):
                         batches[backend.name] = backend, []
                     batches[backend.name][1].append(slot.task)
             if self._slots is not slots:  # rebuilt on the way: what was looked up before that is out of date
-                return self._update(chosen)
+                self._update(chosen)
+                return
             for backend, batch in batches.values():
                 backend.step(batch)
             if split:
