@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from adafactor import _state
-from adafactor._checks import refuse_flattened, refuse_shared, refuse_sparse, warn_of_lost_updates
+from adafactor._checks import refuse_flattened, refuse_replaced, refuse_shared, refuse_sparse, warn_of_lost_updates
 from adafactor._distributed import Member, Reduction, Sharding, is_dtensor, local
 from adafactor._hyper import DEFAULTS, Hyper, Lr, caller_level, check_lr, dtype_name, resolve
 from adafactor._in_backward import InBackward
@@ -219,6 +219,7 @@ class Adafactor(Optimizer):
         Raises:
             ValueError: if the checkpoint does not fit; the message names the parameter and the fix.
         """
+        refuse_replaced(self.param_groups, self._slots)
         before = self.state, self.param_groups
         hook = self.register_load_state_dict_pre_hook(_state.shield)
         try:
@@ -324,18 +325,20 @@ class Adafactor(Optimizer):
 
     def _update(self, chosen: Iterable[tuple[dict[str, Any], Iterable[Tensor]]]) -> None:
         """One update of those of the chosen parameters that have a gradient, group by group."""
+        chosen = [(group, tuple(params)) for group, params in chosen]
         batches: dict[str, tuple[Backend, list[Task]]] = {}
         updated: dict[int, dict[str, Any]] = {}
         split: list[Tensor] = []
+        slots = self._slots
         try:
             for group, params in chosen:
                 hyper = Hyper.of(group)
                 lr = self._lr(group, hyper)
                 for p in params:
                     g = p.grad
-                    if p in self._split and (p.requires_grad or g is not None):
-                        split.append(p)
                     if g is None:
+                        if p in self._split and p.requires_grad:
+                            split.append(p)
                         continue
                     slot = self._slots.get(p)
                     if slot is None or not slot.take(hyper, p, g, self.state.get(p)):
@@ -347,11 +350,15 @@ class Adafactor(Optimizer):
                     slot.task.lr = lr
                     updated[id(group)] = group
                     if p in self._split:
+                        split.append(p)
                         continue
                     backend = slot.served.backend
                     if backend.name not in batches:
                         batches[backend.name] = backend, []
                     batches[backend.name][1].append(slot.task)
+            if self._slots is not slots:  # rebuilt on the way: what was looked up before that is out of date
+                self._update(chosen)
+                return
             for backend, batch in batches.values():
                 backend.step(batch)
             if split:
@@ -453,7 +460,10 @@ class Adafactor(Optimizer):
                 return slot
         if slot and slot.plan.shape == p.shape and slot.key[1:] == _key(p, hyper)[1:]:
             # Moved or cast, as trainers do block by block: the others are as they were.
-            self._slots[p] = self._new_slot(p, slot.plan.name, hyper, slot.plan.view)
+            self._slots[p] = slot = self._new_slot(p, slot.plan.name, hyper, slot.plan.view)
+            self._split.discard(p)
+            if slot.task.plan.crossings:
+                self._split.add(p)
             self._reductions.clear()
         else:
             self._rebuild()
@@ -464,6 +474,7 @@ class Adafactor(Optimizer):
 
         Parameters without data (on "meta", or lazy) and frozen ones wait for their first use.
         """
+        refuse_replaced(self.param_groups, self._slots)
         self._forget_removed()
         self._reductions.clear()
         slots: dict[Tensor, _Slot] = {}
