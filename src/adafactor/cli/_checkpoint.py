@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from adafactor.cli import _ranks
 from adafactor.cli._errors import UserError
 from adafactor.cli._files import write_atomic
 from adafactor.cli._loop import Setup, Trainer
@@ -28,7 +29,7 @@ class Run:
 
 
 def save(path: Path, run: Run, trainer: Trainer) -> None:
-    """Replace the checkpoint at ``path``.
+    """Replace the checkpoint at ``path``. Every process takes part, and none returns before it stands.
 
     Raises:
         UserError: the system refused; the previous checkpoint is unchanged.
@@ -39,9 +40,11 @@ def save(path: Path, run: Run, trainer: Trainer) -> None:
         "corpus": trainer.corpus.describe(),
         "trainer": trainer.state_dict(),
     }
-    buffer = io.BytesIO()  # torch.save to a path hides why a write failed
-    torch.save(content, buffer)
-    write_atomic(path, buffer.getbuffer())
+    if _ranks.first():
+        buffer = io.BytesIO()  # torch.save to a path hides why a write failed
+        torch.save(content, buffer)
+        write_atomic(path, buffer.getbuffer())
+    _ranks.largest(0)
 
 
 def load(path: Path) -> tuple[Run, dict[str, Any]]:

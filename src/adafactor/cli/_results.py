@@ -6,7 +6,6 @@ import datetime
 import math
 import os
 import platform
-import shlex
 import statistics
 import sys
 import time
@@ -20,6 +19,7 @@ from torch import Tensor
 
 import adafactor
 from adafactor import memory
+from adafactor.cli import _ranks
 from adafactor.cli._contenders import CONTENDERS, GAP_NOISE
 from adafactor.cli._loop import CLIP_NORM, VALIDATION_WINDOWS, WARMUP_SHARE, Diverged, Setup, Trainer
 from adafactor.cli._text import Corpus
@@ -28,8 +28,8 @@ Result = dict[str, Any]
 
 
 def allocated(tensors: Iterable[Tensor | None]) -> int:
-    """Bytes of the distinct storages behind ``tensors``."""
-    storages = (t.untyped_storage() for t in tensors if t is not None)
+    """Bytes of the distinct storages behind ``tensors``, of this process's part of them."""
+    storages = (_ranks.local(t).untyped_storage() for t in tensors if t is not None)
     return sum({(s.device, s.data_ptr()): s.nbytes() for s in storages if s.nbytes()}.values())
 
 
@@ -107,7 +107,7 @@ def time_side_by_side(trainers: list[Trainer], results: list[Result]) -> bool:
     until = time.monotonic() + 15
     try:
         for turn in range(25):
-            if turn >= 5 and time.monotonic() > until:
+            if turn >= 5 and _ranks.largest(time.monotonic() > until):
                 break
             for trainer in trainers:
                 trainer.step()
@@ -151,7 +151,7 @@ def collect(
         },
         "data": corpus.describe(),
         "machine": machine(setup.device),
-        "command": shlex.join(["adafactor", *sys.argv[1:]]),
+        "command": _ranks.command(sys.argv[1:]),
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
 

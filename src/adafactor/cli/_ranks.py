@@ -1,0 +1,188 @@
+"""``--shard``: several processes, started by torchrun, that train as one. In one process these functions do nothing."""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import shlex
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from adafactor.cli._errors import UserError
+
+KINDS = ("fsdp", "hsdp", "ddp")
+_LOST = re.compile("[Cc]onnection (closed|reset) by peer|Broken pipe|remote process exited")  # gloo, sockets, nccl
+
+
+def start(shard: str | None, device: str) -> int:
+    """Join the processes torchrun started; how many there are.
+
+    Args:
+        shard: one of ``KINDS``; None for a process on its own.
+        device: ``cpu`` or ``cuda``.
+
+    Raises:
+        UserError: ``shard`` is none of these, or does not go with how this process was started.
+    """
+    launched = _launched()
+    if shard is not None and shard not in KINDS:
+        raise UserError(f"--shard must be one of {', '.join(KINDS)}, got {shard!r}")
+    if not launched:
+        if shard:
+            raise UserError(
+                f"--shard {shard} needs processes to share the work; start them with: torchrun --nproc-per-node 2 "
+                f"--no-python adafactor ... --shard {shard}"
+            )
+        return 1
+    ranks, here = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    if not shard:
+        raise UserError(
+            f"torchrun started {ranks} process{'es' * (ranks > 1)}, and nothing says how they share the model; add "
+            f"--shard {', '.join(KINDS[:-1])} or {KINDS[-1]}, or start adafactor without torchrun"
+        )
+    if shard == "hsdp" and ranks % 2:
+        raise UserError(f"--shard hsdp keeps two sharded copies, so the processes must be even in number, got {ranks}")
+    if device == "cuda":
+        if here > torch.cuda.device_count():
+            raise UserError(
+                f"--device cuda needs one device per process; here are {here} processes and "
+                f"{torch.cuda.device_count()} devices; start fewer, or use --device cpu"
+            )
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    # What is said about one number travels by gloo, also on a GPU: it waits for nothing that is queued there.
+    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+    dist.init_process_group(backend, store=_store(), rank=int(os.environ["RANK"]), world_size=ranks)
+    return ranks
+
+
+def leave() -> None:
+    """The end of a run that went well; one that did not just exits, which the other processes notice."""
+    if _joined():
+        dist.destroy_process_group()
+
+
+def size() -> int:
+    """How many processes train together."""
+    return dist.get_world_size() if _joined() else 1
+
+
+def first() -> bool:
+    """Whether this process is the one that prints and writes."""
+    return not _joined() or dist.get_rank() == 0
+
+
+def first_to_fail() -> bool:
+    """Whether no other process has reported a failure before; asked once, by whoever is about to."""
+    return not _launched() or _store().add("failures", 1) == 1
+
+
+def lost_another(error: Exception) -> bool:
+    """Whether ``error`` is what one sees of another process that is gone."""
+    return size() > 1 and bool(_LOST.search(str(error)))
+
+
+def command(arguments: Sequence[str]) -> str:
+    """The line that runs ``adafactor`` with ``arguments`` in as many processes as now."""
+    launcher = ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"], "--no-python"] if _joined() else []
+    return shlex.join([*launcher, "adafactor", *arguments])
+
+
+def sharded(loss: nn.Module, blocks: Sequence[nn.Module], shard: str | None) -> nn.Module:
+    """What to call in place of ``loss``, whose parameters it shards or keeps equal and whose gradients it averages.
+
+    Args:
+        loss: a module on its device.
+        blocks: the parts of it that gather their weights one after the other.
+        shard: one of ``KINDS``, or None.
+    """
+    if shard is None:
+        return loss
+    if shard == "ddp":
+        return nn.parallel.DistributedDataParallel(loss)
+    from torch.distributed.device_mesh import init_device_mesh  # here, as they take a second to import
+    from torch.distributed.fsdp import fully_shard
+
+    device = next(loss.parameters()).device.type
+    if shard == "hsdp":
+        mesh = init_device_mesh(device, (2, size() // 2), mesh_dim_names=("replicate", "shard"))
+    else:
+        mesh = init_device_mesh(device, (size(),))
+    for part in (*blocks, loss):
+        fully_shard(part, mesh=mesh)
+    return loss
+
+
+def reshard(loss: nn.Module) -> None:
+    """Give back the weights that FSDP's outermost part holds on to after a pass without gradients."""
+    if hasattr(loss, "reshard"):
+        cast(Any, loss).reshard()
+
+
+def rows(batch: Tensor) -> Tensor:
+    """This process's share of a batch that is the same everywhere."""
+    return batch.chunk(size())[dist.get_rank()] if _joined() else batch
+
+
+def mean(value: float) -> float:
+    """The average over all processes, the same on each."""
+    return _reduced(value, dist.ReduceOp.SUM) / size() if _joined() else value
+
+
+def largest(value: float) -> float:
+    """The largest among all processes; whoever needs the others to have come this far asks it too."""
+    return _reduced(value, dist.ReduceOp.MAX) if _joined() else value
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this process holds of ``tensor``."""
+    return cast(Any, tensor).to_local() if _is_sharded(tensor) else tensor
+
+
+def whole(value: Any) -> Any:
+    """A sharded tensor gathered: on the first process, and nothing on the others. Anything else is returned."""
+    if not _is_sharded(value):
+        return value
+    gathered = value.full_tensor()
+    return gathered.cpu() if first() else None
+
+
+def placed_like(tensor: Any, value: Any) -> Any:
+    """``value`` sharded as ``tensor`` is, where it is a whole tensor of its shape. Anything else is returned."""
+    if not _is_sharded(tensor) or not isinstance(value, Tensor) or value.shape != tensor.shape:
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value.to(tensor.device), tensor.device_mesh, tensor.placements)
+
+
+def _is_sharded(value: Any) -> bool:
+    """Whether it is a DTensor, without importing the class."""
+    return isinstance(value, Tensor) and hasattr(value, "to_local")
+
+
+def _launched() -> bool:
+    return dist.is_available() and dist.is_torchelastic_launched()
+
+
+def _joined() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+@functools.cache
+def _store() -> Any:
+    """Where torchrun lets its processes meet; it outlives each of them."""
+    from torch.distributed.rendezvous import rendezvous
+
+    store, *_ = next(iter(rendezvous("env://")))
+    return store
+
+
+def _reduced(value: float, operation: Any) -> float:
+    number = torch.tensor(value, dtype=torch.float64)
+    dist.all_reduce(number, operation)
+    return number.item()
