@@ -128,6 +128,8 @@ class Trainer:
     def __init__(self, setup: Setup, contender: Contender, lr: float | None, corpus: Corpus) -> None:
         torch.set_num_threads(max(1, setup.threads // setup.ranks))
         self.setup, self.contender, self.lr, self.corpus = setup, contender, lr, corpus
+        if not _ranks.same(int(corpus.train.sha256[:12], 16)):
+            raise UserError("--data: the processes read different texts; give the same on every machine")
         self.device = torch.device(setup.device)
         self.model = self.fresh_model().to(self.device)
         for p in self.model.parameters():

@@ -6,6 +6,7 @@ import functools
 import os
 import re
 import shlex
+import signal
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -78,7 +79,10 @@ def first() -> bool:
 
 def first_to_fail() -> bool:
     """Whether no other process has reported a failure before; asked once, by whoever is about to."""
-    return not _launched() or _store().add("failures", 1) == 1
+    if not _launched():
+        return True
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, for another that failed: say first what is to be said
+    return _store().add("failures", 1) == 1
 
 
 def lost_another(error: Exception) -> bool:
@@ -136,6 +140,11 @@ def mean(value: float) -> float:
 def largest(value: float) -> float:
     """The largest among all processes; whoever needs the others to have come this far asks it too."""
     return _reduced(value, dist.ReduceOp.MAX) if _joined() else value
+
+
+def same(number: int) -> bool:
+    """Whether all processes ask it about the same number, below 2^53."""
+    return largest(number) == -largest(-number)
 
 
 def local(tensor: Tensor) -> Tensor:

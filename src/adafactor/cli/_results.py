@@ -62,6 +62,8 @@ def summarize(trainer: Trainer, rows: list[dict[str, Any]], diverged_at: int | N
     setup, contender = trainer.setup, trainer.contender
     parameters = sum(p.numel() for p in trainer.model.parameters())
     bytes_by_component = memory_of_step(trainer)
+    state = (v for s in trainer.optimizer.state.values() for v in s.values() if isinstance(v, Tensor))
+    state_bytes = sum(v.numel() * v.element_size() for v in state)  # of the whole model, however it is sharded
     finished = diverged_at is None
     return {
         "name": contender.name,
@@ -74,8 +76,8 @@ def summarize(trainer: Trainer, rows: list[dict[str, Any]], diverged_at: int | N
         "val_loss": rows[-1]["val_loss"] if finished else None,
         "train_loss": rows[-1]["loss"] if finished else None,
         "parameters": parameters,
-        "state_bytes": bytes_by_component["state"],
-        "state_bytes_per_parameter": bytes_by_component["state"] / parameters,
+        "state_bytes": state_bytes,
+        "state_bytes_per_parameter": state_bytes / parameters,
         "memory": bytes_by_component,
         "train_seconds": trainer.seconds,
         **timing(setup, _median(rows, "step_ms"), _median(rows, "optimizer_ms")),
@@ -227,6 +229,11 @@ def notes(results: list[Result], setup: Setup, missing: list[str]) -> list[str]:
         for r in results
         if r["diverged_at"] is not None
     ]
+    if setup.shard:
+        said.append(
+            f"{setup.ranks} processes trained together (--shard {setup.shard}): the peak and the parts of memory are "
+            "those of one of them, the optimizer's state is the whole model's."
+        )
     if len(by_name) > 1:
         said.append(
             f"One seed ({setup.seed}). In the sweep behind the defaults, the gap between two optimizers moved by up "
