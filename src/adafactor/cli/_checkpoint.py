@@ -56,9 +56,11 @@ def load(path: Path) -> tuple[Run, dict[str, Any]]:
     if not path.exists():
         raise UserError(f"--resume: there is no checkpoint at {path}; start without --resume")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        written = io.BytesIO(path.read_bytes())  # torch.load raises OSError for some damaged files too
     except OSError as error:
         raise UserError(f"--resume: cannot read {path}: {error.strerror or error}") from error
+    try:
+        content = torch.load(written, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises a different type for every way a file can be damaged
         raise UserError(
             f"--resume: {path} is damaged or not a checkpoint ({type(error).__name__}); "

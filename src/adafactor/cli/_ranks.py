@@ -20,8 +20,8 @@ KINDS = ("fsdp", "hsdp", "ddp")
 _LOST = re.compile("[Cc]onnection (closed|reset) by peer|Broken pipe|remote process exited")  # gloo, sockets, nccl
 
 
-def start(shard: str | None, device: str) -> int:
-    """Join the processes torchrun started; how many there are.
+def count(shard: str | None, device: str) -> int:
+    """How many processes torchrun started; 1 without it.
 
     Args:
         shard: one of ``KINDS``; None for a process on its own.
@@ -48,17 +48,25 @@ def start(shard: str | None, device: str) -> int:
         )
     if shard == "hsdp" and ranks % 2:
         raise UserError(f"--shard hsdp keeps two sharded copies, so the processes must be even in number, got {ranks}")
+    if device == "cuda" and here > torch.cuda.device_count():
+        raise UserError(
+            f"--device cuda needs one device per process; here are {here} processes and "
+            f"{torch.cuda.device_count()} devices; start fewer, or use --device cpu"
+        )
+    return ranks
+
+
+def join(device: str) -> None:
+    """Meet the other processes, if there are any; ``count`` has been asked."""
+    if not _launched():
+        return
     if device == "cuda":
-        if here > torch.cuda.device_count():
-            raise UserError(
-                f"--device cuda needs one device per process; here are {here} processes and "
-                f"{torch.cuda.device_count()} devices; start fewer, or use --device cpu"
-            )
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     # What is said about one number travels by gloo, also on a GPU: it waits for nothing that is queued there.
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-    dist.init_process_group(backend, store=_store(), rank=int(os.environ["RANK"]), world_size=ranks)
-    return ranks
+    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group(backend, store=_store(), rank=rank, world_size=ranks)
+    largest(0)  # a process that failed now would leave others that are still connecting
 
 
 def leave() -> None:
@@ -184,11 +192,12 @@ def _joined() -> bool:
 
 @functools.cache
 def _store() -> Any:
-    """Where torchrun lets its processes meet; it outlives each of them."""
+    """Where torchrun lets its processes meet. It outlives them, so those of a restart meet under names of their own."""
+    from torch.distributed.distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
     store, *_ = next(iter(rendezvous("env://")))
-    return store
+    return PrefixStore(f"adafactor, restart {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
 
 
 def _reduced(value: float, operation: Any) -> float:

@@ -57,12 +57,13 @@ def compare(
       adafactor compare --data my_project/ --steps 2000 --width 192
       adafactor compare --optimizers adafactor,adamw --lr adamw=1e-3
     """
-    ranks = _ranks.start(shard, resolved_device(device))
+    ranks = _ranks.count(shard, resolved_device(device))
     setup = Setup(steps, batch_size, seed, width, depth, heads, context, dtype, device, threads, shard, ranks)
     chosen = _parse_optimizers(optimizers)
     rates = _parse_rates(lr or [], chosen)
     corpus = _text.load(data, context)
     directory = out or Path("runs", f"compare-{datetime.datetime.now():%Y-%m-%d-%H%M%S}")
+    _ranks.join(setup.device)
     new_run_directory(directory, "choose another --out")
 
     results: list[dict[str, Any]] = []

@@ -61,12 +61,14 @@ def train(
     content = None
     if resume:
         run, content = _checkpoint.load(path)
-        run = replace(run, setup=replace(run.setup, shard=shard, ranks=_ranks.start(shard, run.setup.device)))
+        run = replace(run, setup=replace(run.setup, shard=shard, ranks=_ranks.count(shard, run.setup.device)))
         _refuse_changes(run, out, _given(invocation))
     else:
-        ranks = _ranks.start(shard, resolved_device(device))
+        ranks = _ranks.count(shard, resolved_device(device))
         setup = Setup(steps, batch_size, seed, width, depth, heads, context, dtype, device, threads, shard, ranks)
         run = Run(setup, optimizer, checked_lr(find(optimizer, "--optimizer"), lr), data and str(data.resolve()))
+    _ranks.join(run.setup.device)
+    if content is None:
         new_run_directory(out, "continue it with --resume, or choose another --out")
     corpus = _text.load(data or (run.data and Path(run.data)) or None, run.setup.context)
     trainer = Trainer(run.setup, find(run.optimizer, "--optimizer"), run.lr, corpus)

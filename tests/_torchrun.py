@@ -1,0 +1,141 @@
+"""What the processes of ``test_cli_shard.py`` do: torchrun starts this file. Nothing here is itself a test."""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import io
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from _cli import at_step
+from adafactor.cli import _checkpoint, _pictures, _ranks, _text, main
+from adafactor.cli._contenders import CONTENDERS
+from adafactor.cli._loop import Setup, Trainer
+
+SIZES = {"steps": 20, "batch_size": 8, "width": 18, "depth": 1, "heads": 3, "context": 16}  # 18 rows on 4: uneven
+TINY = [word for name, value in SIZES.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+COMPARED, STOPPED_AT = 6, 10  # steps
+TRAININGS = [("fsdp", name) for name in CONTENDERS]
+TRAININGS += [(shard, name) for shard in ("hsdp", "ddp") for name in ("adafactor", "adafactor-paper", "adamw")]
+
+_runs, _attempt = 0, os.environ.get("TORCHELASTIC_RESTART_COUNT", "")
+
+
+def trained(corpus: _text.Corpus, contender: str, **setup: Any) -> dict[str, Any]:
+    """What a training comes to; the weights on the first process only."""
+    chosen = CONTENDERS[contender]
+    trainer = Trainer(Setup(**SIZES, **setup), chosen, chosen.lr, corpus)
+    losses = []
+    for _ in range(COMPARED):
+        trainer.step()
+        losses.append(trainer.metrics()["loss"])
+    return {"losses": losses, "val_loss": trainer.evaluate(), "weights": trainer.state_dict()["model"]}
+
+
+def every_training(text: Path, out: Path) -> None:
+    """Ways to shard, with every optimizer; then mistakes."""
+    corpus, found = _text.load(text, SIZES["context"]), {}
+    ranks = _ranks.count("fsdp", "cpu")
+    _ranks.join("cpu")
+    for shard, name in TRAININGS:
+        found[shard, name] = trained(corpus, name, threads=ranks, shard=shard, ranks=ranks)
+    if _ranks.first():
+        torch.save(found, out / "found.pt")
+    options = ["--data", str(text), "--out", str(out / "none"), *TINY]
+    _tell(
+        out,
+        {
+            "batch": _said("train", *options, "--shard", "fsdp", "--batch-size", "6"),
+            "no shard": _said("compare", *options),
+            "usage": _said("train", *options, "--shard", "fsdp", "--steps", "many"),
+            "taken": _said("train", "--data", str(text), "--out", str(out), *TINY, "--shard", "ddp"),
+        },
+    )
+
+
+def ends(text: Path, out: Path) -> None:
+    """Three ends nobody planned, torchrun restarting after each; then runs that go well, and what can be resumed is."""
+    attempt, rank = int(_attempt), int(os.environ["RANK"])
+    options = ["--data", str(text), *TINY, "--shard", "fsdp"]
+    if attempt < 3:
+        name, optimizer, dying, step, end = (
+            ("killed", "adafactor", 1, 13, _kill),
+            ("cut", "adafactor-paper", 0, 10, _kill_while_writing),
+            ("failed", "adamw", 1, 3, _fail),
+        )[attempt]
+        if rank == dying:
+            at_step(step, end, pytest.MonkeyPatch())
+        sys.exit(
+            main(["train", *options, "--optimizer", optimizer, "--out", str(out / name), "--checkpoint-every", "5"])
+        )
+    resume = ["train", "--resume", "--shard", "fsdp", "--out"]
+    _tell(
+        out,
+        {
+            "whole": _said("train", *options, "--out", str(out / "whole")),
+            "killed": _said(*resume, str(out / "killed")),
+            "alone": _said(*resume, str(out / "alone")),
+            "truncated": _said(*resume, str(out / "truncated")),
+            "compare": _said(
+                "compare", *options, "--out", str(out / "compare"), "--json", "--optimizers", "adamw,lion"
+            ),
+        },
+    )
+
+
+def _kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _kill_while_writing() -> None:
+    """Die when half of the next checkpoint is on the disk."""
+
+    def half(path: Path, content: memoryview) -> None:
+        path.with_name(f".{path.name}.tmp").write_bytes(content[: len(content) // 2])
+        _kill()
+
+    _checkpoint.write_atomic = half
+
+
+def _fail() -> None:
+    raise RuntimeError("a bug on one process")
+
+
+def _again() -> None:
+    """Forget the last run in this process: the next one meets the others as after a restart."""
+    global _runs
+    _runs += 1
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    _ranks.leave()
+    _ranks._store.cache_clear()
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = f"{_attempt}.{_runs}"
+
+
+def _said(*arguments: str) -> tuple[int, str, str]:
+    """A run's exit code, and what this process wrote to stdout and stderr."""
+    _again()
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        code = main(arguments)
+    return code, out.getvalue(), err.getvalue()
+
+
+def _tell(out: Path, results: dict[str, Any]) -> None:
+    """Leave ``results`` for the test, and the other processes in order."""
+    (out / f"rank{os.environ['RANK']}.json").write_text(json.dumps(results))
+    _ranks.leave()
+
+
+if __name__ == "__main__":
+    faulthandler.dump_traceback_later(120, exit=True)  # a test that hangs says where
+    _pictures.draw = lambda results, rows: {}
+    if sys.argv[1] == "command":
+        sys.exit(main(sys.argv[2:]))
+    {"every_training": every_training, "ends": ends}[sys.argv[1]](*map(Path, sys.argv[2:]))
