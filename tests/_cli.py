@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pytest
 import torch
 
 from adafactor.cli._loop import Trainer
+
+if TYPE_CHECKING:
+    import pytest
 
 TINY = ["--width", "16", "--depth", "1", "--heads", "2", "--context", "16", "--batch-size", "4", "--threads", "1"]
 
@@ -56,8 +58,8 @@ def assert_identical(a: Any, b: Any) -> None:
         assert a == b
 
 
-def at_step(number: int, act: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Call ``act`` right after training step ``number``."""
+def at_step(number: int, act: Callable[[], None], monkeypatch: pytest.MonkeyPatch | None = None) -> None:
+    """Call ``act`` right after training step ``number``, in this process for good without ``monkeypatch``."""
     step = Trainer.step
 
     def and_then(self: Trainer) -> None:
@@ -65,4 +67,4 @@ def at_step(number: int, act: Callable[[], None], monkeypatch: pytest.MonkeyPatc
         if self.steps_done == number:
             act()
 
-    monkeypatch.setattr(Trainer, "step", and_then)
+    (monkeypatch.setattr if monkeypatch else setattr)(Trainer, "step", and_then)

@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 
 from _cli import at_step
@@ -22,7 +21,7 @@ from adafactor.cli._loop import Setup, Trainer
 
 SIZES = {"steps": 20, "batch_size": 8, "width": 18, "depth": 1, "heads": 3, "context": 16}  # 18 rows on 4: uneven
 TINY = [word for name, value in SIZES.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-COMPARED, STOPPED_AT = 6, 10  # steps
+STOPPED_AT = 10
 TRAININGS = [("fsdp", name) for name in CONTENDERS]
 TRAININGS += [(shard, name) for shard in ("hsdp", "ddp") for name in ("adafactor", "adafactor-paper", "adamw")]
 
@@ -30,18 +29,18 @@ _runs, _attempt = 0, os.environ.get("TORCHELASTIC_RESTART_COUNT", "")
 
 
 def trained(corpus: _text.Corpus, contender: str, **setup: Any) -> dict[str, Any]:
-    """What a training comes to; the weights on the first process only."""
+    """What a few steps come to; the weights on the first process only."""
     chosen = CONTENDERS[contender]
     trainer = Trainer(Setup(**SIZES, **setup), chosen, chosen.lr, corpus)
     losses = []
-    for _ in range(COMPARED):
+    for _ in range(6):
         trainer.step()
         losses.append(trainer.metrics()["loss"])
     return {"losses": losses, "val_loss": trainer.evaluate(), "weights": trainer.state_dict()["model"]}
 
 
-def every_training(text: Path, out: Path) -> None:
-    """Ways to shard, with every optimizer; then mistakes."""
+def together(text: Path, out: Path) -> None:
+    """Every way to shard, then mistakes, then a bug on one process."""
     corpus, found = _text.load(text, SIZES["context"]), {}
     ranks = _ranks.count("fsdp", "cpu")
     _ranks.join("cpu")
@@ -59,23 +58,19 @@ def every_training(text: Path, out: Path) -> None:
             "taken": _said("train", "--data", str(text), "--out", str(out), *TINY, "--shard", "ddp"),
         },
     )
+    if os.environ["RANK"] == "1":
+        at_step(3, _fail)
+    _again()
+    sys.exit(main(["train", *options, "--shard", "ddp"]))
 
 
-def ends(text: Path, out: Path) -> None:
-    """Three ends nobody planned, torchrun restarting after each; then runs that go well, and what can be resumed is."""
-    attempt, rank = int(_attempt), int(os.environ["RANK"])
+def killed(text: Path, out: Path) -> None:
+    """One dies; after torchrun's restart they go on, and at last train until they are stopped."""
     options = ["--data", str(text), *TINY, "--shard", "fsdp"]
-    if attempt < 3:
-        name, optimizer, dying, step, end = (
-            ("killed", "adafactor", 1, 13, _kill),
-            ("cut", "adafactor-paper", 0, 10, _kill_while_writing),
-            ("failed", "adamw", 1, 3, _fail),
-        )[attempt]
-        if rank == dying:
-            at_step(step, end, pytest.MonkeyPatch())
-        sys.exit(
-            main(["train", *options, "--optimizer", optimizer, "--out", str(out / name), "--checkpoint-every", "5"])
-        )
+    if _attempt == "0":
+        if os.environ["RANK"] == "0":
+            at_step(STOPPED_AT, _kill_at_half_a_checkpoint)
+        sys.exit(main(["train", *options, "--out", str(out / "killed"), "--checkpoint-every", "5"]))
     resume = ["train", "--resume", "--shard", "fsdp", "--out"]
     _tell(
         out,
@@ -89,18 +84,14 @@ def ends(text: Path, out: Path) -> None:
             ),
         },
     )
+    _again()
+    sys.exit(main(["train", *options, "--out", str(out / "stopped"), "--steps", "1000000"]))
 
 
-def _kill() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def _kill_while_writing() -> None:
-    """Die when half of the next checkpoint is on the disk."""
-
+def _kill_at_half_a_checkpoint() -> None:
     def half(path: Path, content: memoryview) -> None:
         path.with_name(f".{path.name}.tmp").write_bytes(content[: len(content) // 2])
-        _kill()
+        os.kill(os.getpid(), signal.SIGKILL)
 
     _checkpoint.write_atomic = half
 
@@ -128,14 +119,11 @@ def _said(*arguments: str) -> tuple[int, str, str]:
 
 
 def _tell(out: Path, results: dict[str, Any]) -> None:
-    """Leave ``results`` for the test, and the other processes in order."""
+    """Leave ``results`` for the test."""
     (out / f"rank{os.environ['RANK']}.json").write_text(json.dumps(results))
-    _ranks.leave()
 
 
 if __name__ == "__main__":
     faulthandler.dump_traceback_later(120, exit=True)  # a test that hangs says where
     _pictures.draw = lambda results, rows: {}
-    if sys.argv[1] == "command":
-        sys.exit(main(sys.argv[2:]))
-    {"every_training": every_training, "ends": ends}[sys.argv[1]](*map(Path, sys.argv[2:]))
+    {"together": together, "killed": killed}[sys.argv[1]](*map(Path, sys.argv[2:]))
