@@ -46,12 +46,14 @@ def together(text: Path, out: Path) -> None:
     _ranks.join("cpu")
     for shard, name in TRAININGS:
         found[shard, name] = trained(corpus, name, threads=ranks, shard=shard, ranks=ranks)
+    share = _ranks.rows(torch.arange(SIZES["batch_size"])).tolist()
     if _ranks.first():
         torch.save(found, out / "found.pt")
     options = ["--data", str(text), "--out", str(out / "none"), *TINY]
     _tell(
         out,
         {
+            "share": share,
             "batch": _said("train", *options, "--shard", "fsdp", "--batch-size", "6"),
             "no shard": _said("compare", *options),
             "usage": _said("train", *options, "--shard", "fsdp", "--steps", "many"),
@@ -72,6 +74,9 @@ def killed(text: Path, out: Path) -> None:
             at_step(STOPPED_AT, _kill_at_half_a_checkpoint)
         sys.exit(main(["train", *options, "--out", str(out / "killed"), "--checkpoint-every", "5"]))
     resume = ["train", "--resume", "--shard", "fsdp", "--out"]
+    here = out / f"directory of {os.environ['RANK']}"
+    here.mkdir()
+    os.chdir(here)
     _tell(
         out,
         {
@@ -79,9 +84,7 @@ def killed(text: Path, out: Path) -> None:
             "killed": _said(*resume, str(out / "killed")),
             "alone": _said(*resume, str(out / "alone")),
             "truncated": _said(*resume, str(out / "truncated")),
-            "compare": _said(
-                "compare", *options, "--out", str(out / "compare"), "--json", "--optimizers", "adamw,lion"
-            ),
+            "compare": _said("compare", *options, "--out", "compared", "--json", "--optimizers", "adamw,lion"),
         },
     )
     _again()

@@ -105,6 +105,10 @@ def test_four_processes_train_as_one(shard: str, contender: str, text: Path, tra
     assert largest_difference(found["weights"], alone["weights"]) < of_weights
 
 
+def test_every_row_of_the_batch_is_one_process_s(trainings: Path) -> None:
+    assert told(trainings)["share"] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+
+
 # --- mistakes -----------------------------------------------------------------------------------------------------
 
 
@@ -227,12 +231,14 @@ def test_one_process_shows_and_writes(ended: Path) -> None:
         assert (stdout[0] + stderr[0]).count("Report: ") == 1
     (_, stdout, _), _ = told(ended)["compare"]
     results = json.loads(stdout)
-    assert results == json.loads((ended / "compare" / "results.json").read_text())
+    assert results == json.loads((ended / "directory of 0" / "compared" / "results.json").read_text())
+    assert not list((ended / "directory of 1").iterdir())
     assert (results["setup"]["shard"], results["setup"]["ranks"]) == ("fsdp", 2)
     for found in results["optimizers"]:
         per_parameter = {"adamw": 8, "lion": 4}[found["name"]]
         assert found["state_bytes_per_parameter"] == pytest.approx(per_parameter, rel=0.01)
         assert found["memory"]["state"] == pytest.approx(found["state_bytes"] / 2, rel=0.1)
+        assert found["memory"]["weights"] == found["memory"]["gradients"] == 2 * found["parameters"]
     assert results["notes"][0].startswith("2 processes trained together (--shard fsdp)")
 
 

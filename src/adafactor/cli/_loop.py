@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from adafactor._distributed import local
 from adafactor.cli import _ranks
 from adafactor.cli._contenders import Contender
 from adafactor.cli._errors import UserError
@@ -201,7 +202,7 @@ class Trainer:
         Raises:
             Diverged: some are not.
         """
-        if _ranks.largest(not all(_ranks.local(p).isfinite().all() for p in self.model.parameters())):
+        if _ranks.largest(not all(local(p).isfinite().all() for p in self.model.parameters())):
             raise Diverged(self.steps_done, math.nan)
 
     def metrics(self) -> dict[str, float]:

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from adafactor._distributed import is_dtensor
 from adafactor.cli._errors import UserError
 
 KINDS = ("fsdp", "hsdp", "ddp")
@@ -30,10 +31,9 @@ def count(shard: str | None, device: str) -> int:
     Raises:
         UserError: ``shard`` is none of these, or does not go with how this process was started.
     """
-    launched = _launched()
     if shard is not None and shard not in KINDS:
         raise UserError(f"--shard must be one of {', '.join(KINDS)}, got {shard!r}")
-    if not launched:
+    if not _launched():
         if shard:
             raise UserError(
                 f"--shard {shard} needs processes to share the work; start them with: torchrun --nproc-per-node 2 "
@@ -155,14 +155,9 @@ def same(number: int) -> bool:
     return largest(number) == -largest(-number)
 
 
-def local(tensor: Tensor) -> Tensor:
-    """What this process holds of ``tensor``."""
-    return cast(Any, tensor).to_local() if _is_sharded(tensor) else tensor
-
-
 def whole(value: Any) -> Any:
     """A sharded tensor gathered: on the first process, and nothing on the others. Anything else is returned."""
-    if not _is_sharded(value):
+    if not is_dtensor(value):
         return value
     gathered = value.full_tensor()
     return gathered.cpu() if first() else None
@@ -170,16 +165,11 @@ def whole(value: Any) -> Any:
 
 def placed_like(tensor: Any, value: Any) -> Any:
     """``value`` sharded as ``tensor`` is, where it is a whole tensor of its shape. Anything else is returned."""
-    if not _is_sharded(tensor) or not isinstance(value, Tensor) or value.shape != tensor.shape:
+    if not is_dtensor(tensor) or not isinstance(value, Tensor) or value.shape != tensor.shape:
         return value
     from torch.distributed.tensor import distribute_tensor
 
     return distribute_tensor(value.to(tensor.device), tensor.device_mesh, tensor.placements)
-
-
-def _is_sharded(value: Any) -> bool:
-    """Whether it is a DTensor, without importing the class."""
-    return isinstance(value, Tensor) and hasattr(value, "to_local")
 
 
 def _launched() -> bool:

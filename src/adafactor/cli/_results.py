@@ -19,6 +19,7 @@ from torch import Tensor
 
 import adafactor
 from adafactor import memory
+from adafactor._distributed import local
 from adafactor.cli import _ranks
 from adafactor.cli._contenders import CONTENDERS, GAP_NOISE
 from adafactor.cli._loop import CLIP_NORM, VALIDATION_WINDOWS, WARMUP_SHARE, Diverged, Setup, Trainer
@@ -29,7 +30,7 @@ Result = dict[str, Any]
 
 def allocated(tensors: Iterable[Tensor | None]) -> int:
     """Bytes of the distinct storages behind ``tensors``, of this process's part of them."""
-    storages = (_ranks.local(t).untyped_storage() for t in tensors if t is not None)
+    storages = (local(t).untyped_storage() for t in tensors if t is not None)
     return sum({(s.device, s.data_ptr()): s.nbytes() for s in storages if s.nbytes()}.values())
 
 
