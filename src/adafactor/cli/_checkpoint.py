@@ -44,7 +44,7 @@ def save(path: Path, run: Run, trainer: Trainer) -> None:
         buffer = io.BytesIO()  # torch.save to a path hides why a write failed
         torch.save(content, buffer)
         write_atomic(path, buffer.getbuffer())
-    _ranks.largest(0)
+    _ranks.wait()
 
 
 def load(path: Path) -> tuple[Run, dict[str, Any]]:

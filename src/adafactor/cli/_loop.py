@@ -66,7 +66,7 @@ class Setup:
             )
         # Resolved once, so that what a checkpoint holds is what ran.
         object.__setattr__(self, "device", device)
-        object.__setattr__(self, "threads", self.threads or torch.get_num_threads() * self.ranks)
+        object.__setattr__(self, "threads", self.threads or min(512, torch.get_num_threads() * self.ranks))
 
     @property
     def model(self) -> ModelConfig:

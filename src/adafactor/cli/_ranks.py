@@ -66,7 +66,7 @@ def join(device: str) -> None:
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     dist.init_process_group(backend, store=_store(), rank=rank, world_size=ranks)
-    largest(0)  # a process that failed now would leave others that are still connecting
+    wait()  # a process that failed now would leave others that are still connecting
 
 
 def leave() -> None:
@@ -146,8 +146,13 @@ def mean(value: float) -> float:
 
 
 def largest(value: float) -> float:
-    """The largest among all processes; whoever needs the others to have come this far asks it too."""
+    """The largest among all processes, the same on each."""
     return _reduced(value, dist.ReduceOp.MAX) if _joined() else value
+
+
+def wait() -> None:
+    """Go on when all processes have come this far."""
+    largest(0)
 
 
 def same(number: int) -> bool:

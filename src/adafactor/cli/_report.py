@@ -49,15 +49,15 @@ def publish(directory: Path, results: dict[str, Any], rows: dict[str, _pictures.
 
 def show(directory: Path, results: dict[str, Any], rows: dict[str, _pictures.Rows], as_json: bool) -> None:
     """Publish, and print the table; with ``as_json`` on stderr, and the results on stdout."""
-    if not _ranks.first():
-        return
-    report, *_ = publish(directory, results, rows)
-    console = Console(stderr=as_json, highlight=False)
-    console.print()
-    console.print(table(results["optimizers"]))
-    console.print(f"\n{results['headline']}\n\nReport: {report}", soft_wrap=True)
-    if as_json:
-        sys.stdout.write(json.dumps(results, indent=2, allow_nan=False) + "\n")
+    if _ranks.first():
+        report, *_ = publish(directory, results, rows)
+        console = Console(stderr=as_json, highlight=False)
+        console.print()
+        console.print(table(results["optimizers"]))
+        console.print(f"\n{results['headline']}\n\nReport: {report}", soft_wrap=True)
+        if as_json:
+            sys.stdout.write(json.dumps(results, indent=2, allow_nan=False) + "\n")
+    _ranks.wait()
 
 
 def render(results: dict[str, Any], pictures: dict[str, bytes]) -> str:

@@ -41,7 +41,11 @@ def train(
     out: Annotated[Path, typer.Option(help="The run directory.", rich_help_panel="Output")] = Path("runs/train"),
     resume: Annotated[
         bool,
-        typer.Option("--resume", help="Continue the run in --out; its options are kept.", rich_help_panel="Output"),
+        typer.Option(
+            "--resume",
+            help="Continue the run in --out; its options are kept, all but --shard.",
+            rich_help_panel="Output",
+        ),
     ] = False,
     checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints.", rich_help_panel="Output")] = 100,
     as_json: options.Json = False,
@@ -52,8 +56,12 @@ def train(
     ended, continues with --resume. On a CPU it reaches the same weights, bit for
     bit, as one that never stopped.
 
+    With --shard several processes train as one. Any number of them continues
+    what any other left; the same number, to the same bits.
+
       adafactor train --steps 2000 --out runs/long
       adafactor train --out runs/long --resume
+      torchrun --nproc-per-node 2 --no-python adafactor train --shard fsdp
     """
     if checkpoint_every < 1:
         raise UserError(f"--checkpoint-every must be at least 1, got {checkpoint_every}")
