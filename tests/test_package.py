@@ -27,7 +27,9 @@ LADDER = {
     "backends": {"_hyper", "_plan", "backends.cpu", "backends.reference"},  # the choice is made when it is asked for
     "backends.cpu": {"_hyper", "_plan", "backends"},
     "backends.reference": {"_plan", "_rounding", "_schedule", "backends"},
-    "_in_backward": set(),
+    "_in_backward_guards": set(),
+    "_in_backward_ddp": set(),
+    "_in_backward": {"_in_backward_ddp", "_in_backward_guards"},
     "_optimizer": {
         "_checks",
         "_hyper",

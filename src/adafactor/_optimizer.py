@@ -270,7 +270,9 @@ class Adafactor(Optimizer):
             weights[slot.plan.name] = join_weight(p.detach(), *planes) if planes else p.detach().clone()
         return weights
 
-    def step_in_backward(self, accumulation_steps: int = 1) -> InBackward:
+    def step_in_backward(
+        self, accumulation_steps: int = 1, ddp: torch.nn.parallel.DistributedDataParallel | None = None
+    ) -> InBackward:
         """Update each parameter during backward, as soon as its gradient is final, and free the gradient.
 
         The bits are those of the plain step. `step()` stays the call at the end of an iteration: it steps what waited
@@ -279,14 +281,18 @@ class Adafactor(Optimizer):
 
         Args:
             accumulation_steps: backward passes >= 1 that gather gradients before each `step()`; parameters are stepped
-                during the last one (default: 1)
+                during the last one. Where gradients are reduced over processes, passes without a reduction, as under
+                `no_sync()`, do not count (default: 1)
+            ddp: the DistributedDataParallel module that the parameters are in; its communication hook is taken
+                (default: None)
 
         Returns:
             A handle: `remove()`, or the end of a `with` block, undoes it; `accumulation_steps` may be assigned.
 
         Raises:
-            ValueError: if it is on already, or the model is in DistributedDataParallel. Later, in backward: if a pass
-                is one too many, or gradients are not what the plain step would see; the message says the fix.
+            ValueError: if it is on already, or the model is in DistributedDataParallel that is not `ddp`. Later, in
+                backward: if a pass is one too many, or gradients are not what the plain step would see; the message
+                says the fix.
 
         Example:
             >>> import torch, adafactor
@@ -304,7 +310,7 @@ class Adafactor(Optimizer):
                 "step_in_backward is on already for this optimizer; remove() its handle first, or assign the handle's "
                 "accumulation_steps"
             )
-        self._in_backward = InBackward(self, accumulation_steps)
+        self._in_backward = InBackward(self, accumulation_steps, ddp)
         return self._in_backward
 
     def _get_lr(self, param_group: dict[str, Any], param_state: dict[str, Any]) -> Any:
@@ -348,11 +354,6 @@ class Adafactor(Optimizer):
                 for task in batch:
                     task.let_go()
         self._updated |= updated
-
-    def _update_one(self, p: Tensor, group: dict[str, Any]) -> None:
-        """The update of one parameter, in the middle of backward."""
-        with torch.no_grad():
-            self._update(((group, (p,)),))
 
     def _show_lr(self, group: dict[str, Any], updates: int) -> None:
         group["updates"] = updates

@@ -1,0 +1,258 @@
+"""DistributedDataParallel: parameters are stepped from its buckets, which a communication hook sees.
+
+DDP copies gradients into buckets, calls the hook for each bucket that is full, and writes what the hook returned to
+every `.grad` after backward. Our hook starts the all-reduce that DDP would have started, and steps the bucket before
+while it runs. The rest keeps memory low: a gradient goes as soon as the bucket holds it; a stepped parameter shows DDP
+a `.grad` that is the hook's result already, which DDP does not write then; and a bucket's memory goes after its step
+and comes back before DDP writes to it.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd import Variable
+from torch.autograd.graph import get_gradient_edge
+from torch.nn.parallel import DistributedDataParallel
+
+
+class Receiver(Protocol):
+    """What a handle does with reduced gradients."""
+
+    def due(self, params: Sequence[Tensor]) -> list[Tensor]: ...
+
+    def step(self, params: Sequence[Tensor]) -> None: ...
+
+
+def buckets_of(module: DistributedDataParallel) -> Buckets:
+    """Those of this module; the first call registers its communication hook, for good.
+
+    Raises:
+        ValueError: if the module has another hook.
+    """
+    if module not in _known:
+        buckets = Buckets(module)
+        try:
+            module.register_comm_hook(buckets, _hook)
+        except RuntimeError as error:
+            raise ValueError(
+                "ddp has a communication hook already, and DistributedDataParallel takes only one, which "
+                "step_in_backward needs; register no other, or use the plain optimizer.step()"
+            ) from error
+        _known[module] = buckets
+    return _known[module]
+
+
+def _hook(state: Buckets, bucket):  # unannotated: DDP compares annotations with types, and these are strings
+    return state.reduce(bucket)
+
+
+class Buckets:
+    """The buckets of one module. Without receivers they are reduced as by DDP itself, and nothing else happens."""
+
+    def __init__(self, module: DistributedDataParallel) -> None:
+        self._module = weakref.ref(module)
+        self._receivers: list[Receiver] = []
+        self._covered = frozenset(id(p) for p in module.parameters())
+        self._used: dict[int, int] = {}  # parameters used since the last reduction: where their gradients are
+        self._pass: _Pass | None = None
+        # DDP writes to a bucket without a gradient having arrived, or keeps `.grad` in it.
+        bound = module.find_unused_parameters or module.static_graph or module.gradient_as_bucket_view
+        self._may_free = not bound
+        self._buffers: dict[int, Tensor] = {}  # of the last pass, by the bucket's index
+        self._restored: dict[int, tuple[Tensor, list[Any]]] = {}  # buffers that may be freed, and what brings them back
+
+    def join(self, receiver: Receiver) -> None:
+        self._receivers.append(receiver)
+
+    def leave(self, receiver: Receiver) -> None:
+        self._receivers.remove(receiver)
+        if not self._receivers:
+            for index in list(self._restored):
+                self._keep(index)
+            self._buffers.clear()
+            self._used.clear()
+
+    def covers(self, p: Tensor) -> bool:
+        return id(p) in self._covered
+
+    def note(self, p: Tensor) -> None:
+        """A gradient was added to `p.grad`; DDP copies it to the bucket next."""
+        assert p.grad is not None
+        self._used[id(p)] = p.grad.data_ptr()
+
+    def reduce(self, bucket: Any) -> torch.futures.Future[Tensor]:
+        """The hook: DDP's own reduction, to the bit; and the step of the bucket before while it runs."""
+        module, buffer = self._module(), bucket.buffer()
+        assert module is not None
+        self._divide(module, bucket)
+        work = dist.all_reduce(buffer, group=module.process_group, async_op=True)
+        assert work is not None
+        reduced = work.get_future().then(_first)
+        run = torch._C._current_graph_task_id()
+        if not self._receivers or buffer.is_sparse or run == -1:  # no run: `join()`, in a process without more data
+            return reduced
+        if self._pass is None or self._pass.run != run:
+            self._pass = _Pass(run, self._used)
+        params, gradients = bucket.parameters(), bucket.gradients()
+        full = _Bucket(work, buffer)
+        self._pass.take(full, self._receivers, [p for p in params if id(p) in self._used])
+        result = self._result(bucket, all(id(p) in full.gradients for p in params))
+        if result is not buffer:
+            full.freed = True
+            reduced = torch.futures.Future()
+            reduced.set_result(result)
+        for p, gradient in zip(params, gradients, strict=True):
+            if id(p) in full.gradients:
+                full.gradients[id(p)] = _view(buffer, p, gradient), _view(result, p, gradient)
+                p.grad = None
+        return reduced
+
+    def _divide(self, module: DistributedDataParallel, bucket: Any) -> None:
+        """By the number of processes, with the operation that DDP chooses when it has no hook."""
+        buffer, size = bucket.buffer(), dist.get_world_size(module.process_group)
+        if buffer.is_sparse or getattr(module, "batched_grad_copy", False):
+            buffer.div_(size)
+            return
+        pairs = zip(bucket.parameters(), bucket.gradients(), strict=True)
+        in_place = [gradient for p, gradient in pairs if self._used.get(id(p)) == gradient.data_ptr()]
+        if not in_place:
+            buffer.mul_(1.0 / size)
+            return
+        places = {gradient.data_ptr() for gradient in in_place}
+        for gradient in bucket.gradients():
+            if gradient.data_ptr() in places:
+                gradient.div_(size)
+            else:
+                gradient.mul_(1.0 / size)
+
+    # Memory
+
+    def _result(self, bucket: Any, stepped: bool) -> Tensor:
+        """What DDP gets for a bucket: its buffer; or the beginning of a larger one, if the buffer goes after the step.
+
+        DDP reads nothing there if `.grad` is the same view of it.
+        """
+        index, buffer = bucket.index(), bucket.buffer()
+        settled = self._buffers.get(index) is buffer  # DDP makes new buckets after its first pass
+        self._buffers[index] = buffer
+        if bucket.is_last():
+            for gone in [other for other in self._buffers if other > index]:
+                del self._buffers[gone]
+        storage = buffer.untyped_storage()
+        if not (stepped and settled and self._may_free and storage.resizable()):
+            return buffer
+        alike = [each for each in self._buffers.values() if (each.dtype, each.device) == (buffer.dtype, buffer.device)]
+        largest = max(alike, key=Tensor.numel)
+        if largest.numel() == buffer.numel():
+            return buffer
+        if index not in self._restored or self._restored[index][0] is not buffer:
+            self._keep(index)
+            restore = functools.partial(_restore, storage, storage.nbytes())
+            # Called even when autograd has no gradient for the parameter, and DDP writes zeros.
+            hooks = [get_gradient_edge(p).node.register_prehook(restore) for p in bucket.parameters()]
+            self._restored[index] = buffer, [restore, *hooks]
+        return largest[: buffer.numel()]
+
+    def _keep(self, index: int) -> None:
+        if index in self._restored:
+            _, (restore, *hooks) = self._restored.pop(index)
+            restore(())
+            for hook in hooks:
+                hook.remove()
+
+
+_known: weakref.WeakKeyDictionary[DistributedDataParallel, Buckets] = weakref.WeakKeyDictionary()
+
+
+@dataclass(slots=True)
+class _Bucket:
+    """A bucket under way, or stepped."""
+
+    work: dist.Work
+    buffer: Tensor
+    due: list[tuple[Receiver, list[Tensor]]] = field(default_factory=list)
+    gradients: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # and what `.grad` is for DDP
+    freed: bool = False
+    stepped: bool = False
+
+
+class _Pass:
+    """One run of the engine in which buckets fill."""
+
+    def __init__(self, run: int, used: dict[int, int]) -> None:
+        self.run = run
+        self._used = used
+        self._buckets: list[_Bucket] = []
+        self._error: Exception | None = None
+        # Errors wait for the end: DDP would not recover from a pass that it did not finish, nor would the other ranks.
+        Variable._execution_engine.queue_callback(self._last)  # runs before DDP writes to `.grad`
+
+    def take(self, full: _Bucket, receivers: Sequence[Receiver], used: Sequence[Tensor]) -> None:
+        """Step the bucket before, and keep this one for the next time."""
+        self._step()
+        try:
+            if self._error is None:
+                full.due = [(receiver, receiver.due(used)) for receiver in receivers]
+        except Exception as error:
+            self._error = error
+        full.gradients = {id(p): (full.buffer, full.buffer) for _, params in full.due for p in params}
+        self._buckets.append(full)
+
+    def _step(self) -> None:
+        if not self._buckets or self._error is not None:
+            return
+        full = self._buckets[-1]
+        full.work.wait()
+        try:
+            for receiver, params in full.due:
+                for p in params:
+                    p.grad = full.gradients[id(p)][0]
+                receiver.step(params)
+            full.stepped = True
+        except Exception as error:
+            self._error = error
+        if full.freed and full.stepped:
+            full.buffer.untyped_storage().resize_(0)
+
+    def _last(self) -> None:
+        self._step()
+        for full in self._buckets:
+            for _, params in full.due:
+                for p in params:
+                    p.grad = full.gradients[id(p)][1]
+        Variable._execution_engine.queue_callback(self._finish)  # runs after DDP has written to `.grad`
+
+    def _finish(self) -> None:
+        for full in self._buckets:
+            for _, params in full.due:
+                for p in params:
+                    p.grad = None if full.stepped else full.gradients[id(p)][0].clone()
+        self._buckets.clear()
+        self._used.clear()
+        if self._error is not None:
+            raise self._error
+
+
+def _first(future: torch.futures.Future[list[Tensor]]) -> Tensor:
+    return future.value()[0]
+
+
+def _view(flat: Tensor, p: Tensor, gradient: Tensor) -> Tensor:
+    """The part of a flat tensor that a parameter has in the bucket, laid out as DDP lays it out."""
+    offset = gradient.storage_offset()
+    if torch.ops.aten.is_non_overlapping_and_dense.default(p):
+        return flat.as_strided(p.size(), p.stride(), offset)
+    return flat.as_strided((p.numel(),), (1,), offset).view(p.size())
+
+
+def _restore(storage: torch.UntypedStorage, size: int, gradients: Any) -> None:
+    if storage.nbytes() == 0:
+        storage.resize_(size)
