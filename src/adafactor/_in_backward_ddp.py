@@ -102,33 +102,39 @@ class Buckets:
         if self._pass is None or self._pass.run != run:
             self._pass = _Pass(run, self._used)
         params, gradients = bucket.parameters(), bucket.gradients()
-        full = _Bucket(work, buffer)
-        self._pass.take(full, self._receivers, [p for p in params if id(p) in self._used])
-        result = self._result(bucket, all(id(p) in full.gradients for p in params))
+        full = self._pass.take(work, self._receivers, [p for p in params if id(p) in self._used])
+        due = full.due()
+        result = self._result(bucket, len(due) == len(params))
         if result is not buffer:
-            full.freed = True
+            full.freed = buffer.untyped_storage()
             reduced = torch.futures.Future()
             reduced.set_result(result)
-        for p, gradient in zip(params, gradients, strict=True):
-            if id(p) in full.gradients:
-                full.gradients[id(p)] = _view(buffer, p, gradient), _view(result, p, gradient)
-                p.grad = None
+        places = {id(p): gradient.storage_offset() for p, gradient in zip(params, gradients, strict=True)}
+        for p in due:
+            full.gradients[id(p)] = _view(buffer, p, places[id(p)])
+            full.shown[id(p)] = _view(result, p, places[id(p)])
+            p.grad = None
         return reduced
 
     def _divide(self, module: DistributedDataParallel, bucket: Any) -> None:
         """By the number of processes, with the operation that DDP chooses when it has no hook."""
         buffer, size = bucket.buffer(), dist.get_world_size(module.process_group)
+        if module._join_config.enable and not module._divide_by_initial_world_size:
+            raise ValueError(
+                "join(divide_by_initial_world_size=False) divides gradients by a number that step_in_backward cannot "
+                "know; leave that argument out, or use the plain optimizer.step()"
+            )
         if buffer.is_sparse or getattr(module, "batched_grad_copy", False):
             buffer.div_(size)
             return
-        pairs = zip(bucket.parameters(), bucket.gradients(), strict=True)
-        in_place = [gradient for p, gradient in pairs if self._used.get(id(p)) == gradient.data_ptr()]
-        if not in_place:
+        gradients = bucket.gradients()
+        # Without a hook DDP multiplies while it copies to the bucket; a gradient that was added there is divided.
+        added = [self._used.get(id(p)) == g.data_ptr() for p, g in zip(bucket.parameters(), gradients, strict=True)]
+        if not any(added):
             buffer.mul_(1.0 / size)
             return
-        places = {gradient.data_ptr() for gradient in in_place}
-        for gradient in bucket.gradients():
-            if gradient.data_ptr() in places:
+        for gradient, in_place in zip(gradients, added, strict=True):
+            if in_place:
                 gradient.div_(size)
             else:
                 gradient.mul_(1.0 / size)
@@ -151,7 +157,7 @@ class Buckets:
             return buffer
         alike = [each for each in self._buffers.values() if (each.dtype, each.device) == (buffer.dtype, buffer.device)]
         largest = max(alike, key=Tensor.numel)
-        if largest.numel() == buffer.numel():
+        if largest is buffer:
             return buffer
         if index not in self._restored or self._restored[index][0] is not buffer:
             self._keep(index)
@@ -174,67 +180,72 @@ _known: weakref.WeakKeyDictionary[DistributedDataParallel, Buckets] = weakref.We
 
 @dataclass(slots=True)
 class _Bucket:
-    """A bucket under way, or stepped."""
+    """A bucket that is being reduced, or has been."""
 
     work: dist.Work
-    buffer: Tensor
-    due: list[tuple[Receiver, list[Tensor]]] = field(default_factory=list)
-    gradients: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # and what `.grad` is for DDP
-    freed: bool = False
+    chosen: list[tuple[Receiver, list[Tensor]]]
+    gradients: dict[int, Tensor] = field(default_factory=dict)
+    shown: dict[int, Tensor] = field(default_factory=dict)  # to DDP, as `.grad`
+    freed: torch.UntypedStorage | None = None  # after the step
     stepped: bool = False
+
+    def due(self) -> list[Tensor]:
+        return [p for _, params in self.chosen for p in params]
+
+    def step(self) -> None:
+        self.work.wait()
+        for receiver, params in self.chosen:
+            for p in params:
+                p.grad = self.gradients[id(p)]
+            receiver.step(params)
+        self.stepped = True
+        if self.freed is not None:
+            self.freed.resize_(0)
 
 
 class _Pass:
-    """One run of the engine in which buckets fill."""
+    """One run of the engine in which buckets fill.
+
+    An error waits for the end: DDP does not recover from a pass that it did not finish, nor do the other processes.
+    """
 
     def __init__(self, run: int, used: dict[int, int]) -> None:
         self.run = run
         self._used = used
         self._buckets: list[_Bucket] = []
         self._error: Exception | None = None
-        # Errors wait for the end: DDP would not recover from a pass that it did not finish, nor would the other ranks.
-        Variable._execution_engine.queue_callback(self._last)  # runs before DDP writes to `.grad`
+        Variable._execution_engine.queue_callback(self._before_ddp_writes)
 
-    def take(self, full: _Bucket, receivers: Sequence[Receiver], used: Sequence[Tensor]) -> None:
-        """Step the bucket before, and keep this one for the next time."""
+    def take(self, work: dist.Work, receivers: Sequence[Receiver], used: Sequence[Tensor]) -> _Bucket:
+        """Step the bucket before, and keep this one until it is reduced."""
         self._step()
+        chosen = []
         try:
             if self._error is None:
-                full.due = [(receiver, receiver.due(used)) for receiver in receivers]
+                chosen = [(receiver, receiver.due(used)) for receiver in receivers]
         except Exception as error:
             self._error = error
-        full.gradients = {id(p): (full.buffer, full.buffer) for _, params in full.due for p in params}
-        self._buckets.append(full)
+        self._buckets.append(_Bucket(work, chosen))
+        return self._buckets[-1]
 
     def _step(self) -> None:
-        if not self._buckets or self._error is not None:
-            return
-        full = self._buckets[-1]
-        full.work.wait()
         try:
-            for receiver, params in full.due:
-                for p in params:
-                    p.grad = full.gradients[id(p)][0]
-                receiver.step(params)
-            full.stepped = True
+            if self._buckets and self._error is None:
+                self._buckets[-1].step()
         except Exception as error:
             self._error = error
-        if full.freed and full.stepped:
-            full.buffer.untyped_storage().resize_(0)
 
-    def _last(self) -> None:
+    def _before_ddp_writes(self) -> None:
         self._step()
-        for full in self._buckets:
-            for _, params in full.due:
-                for p in params:
-                    p.grad = full.gradients[id(p)][1]
-        Variable._execution_engine.queue_callback(self._finish)  # runs after DDP has written to `.grad`
+        for each in self._buckets:
+            for p in each.due():
+                p.grad = each.shown[id(p)]
+        Variable._execution_engine.queue_callback(self._after_ddp_wrote)
 
-    def _finish(self) -> None:
-        for full in self._buckets:
-            for _, params in full.due:
-                for p in params:
-                    p.grad = None if full.stepped else full.gradients[id(p)][0].clone()
+    def _after_ddp_wrote(self) -> None:
+        for each in self._buckets:
+            for p in each.due():
+                p.grad = None if each.stepped else each.gradients[id(p)].clone()
         self._buckets.clear()
         self._used.clear()
         if self._error is not None:
@@ -245,12 +256,11 @@ def _first(future: torch.futures.Future[list[Tensor]]) -> Tensor:
     return future.value()[0]
 
 
-def _view(flat: Tensor, p: Tensor, gradient: Tensor) -> Tensor:
-    """The part of a flat tensor that a parameter has in the bucket, laid out as DDP lays it out."""
-    offset = gradient.storage_offset()
+def _view(flat: Tensor, p: Tensor, place: int) -> Tensor:
+    """A parameter's part of a bucket, laid out as DDP does it."""
     if torch.ops.aten.is_non_overlapping_and_dense.default(p):
-        return flat.as_strided(p.size(), p.stride(), offset)
-    return flat.as_strided((p.numel(),), (1,), offset).view(p.size())
+        return flat.as_strided(p.size(), p.stride(), place)
+    return flat.as_strided((p.numel(),), (1,), place).view(p.size())
 
 
 def _restore(storage: torch.UntypedStorage, size: int, gradients: Any) -> None:
