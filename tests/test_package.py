@@ -21,8 +21,9 @@ LADDER = {
     "_schedule": {"_hyper"},
     "_plan": {"_hyper", "_rounding"},
     "_rounding": set(),
-    "_checks": {"_hyper", "_plan"},
-    "_state": {"_hyper", "_plan", "_rounding"},
+    "_distributed": {"_hyper", "_plan"},
+    "_checks": {"_distributed", "_hyper", "_plan"},
+    "_state": {"_distributed", "_hyper", "_plan", "_rounding"},
     "_reports": {"_plan", "backends"},
     "backends": {"_hyper", "_plan", "backends.cpu", "backends.reference"},  # the choice is made when it is asked for
     "backends.cpu": {"_hyper", "_plan", "backends"},
@@ -32,6 +33,7 @@ LADDER = {
     "_in_backward": {"_in_backward_ddp", "_in_backward_guards"},
     "_optimizer": {
         "_checks",
+        "_distributed",
         "_hyper",
         "_schedule",
         "_plan",
@@ -40,6 +42,7 @@ LADDER = {
         "_reports",
         "_in_backward",
         "backends",
+        "backends.reference",
     },
     "memory": {"_hyper", "_plan"},
     "recipes": set(),

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adafactor._distributed import local
 from adafactor._hyper import Hyper, caller_level
 from adafactor._plan import TensorPlan
 
@@ -22,6 +23,7 @@ def refuse_sparse(name: str) -> None:
 
 def refuse_shared(name: str, p: Tensor, places: dict[tuple, str]) -> None:
     """`places` gathers whose memory has been seen where."""
+    p = local(p)
     if p.numel() and p.data_ptr():
         first = places.setdefault((p.device, p.data_ptr(), p.shape, p.stride()), name)
         if first != name:
@@ -31,14 +33,12 @@ def refuse_shared(name: str, p: Tensor, places: dict[tuple, str]) -> None:
             )
 
 
-def refuse_sharded(name: str, p: Tensor) -> None:
+def refuse_flattened(name: str, p: Tensor) -> None:
     if hasattr(p, "_fsdp_flattened") or getattr(p, "_is_flat_param", False):
         raise ValueError(
             f"parameter {name!r} was flattened by FSDP1, which hides the matrices that Adafactor factors; "
             "use torch.distributed.fsdp.fully_shard (FSDP2)"
         )
-    if hasattr(p, "device_mesh"):
-        raise NotImplementedError(f"parameter {name!r} is sharded (a DTensor), which is not built yet")
 
 
 def warn_of_lost_updates(group: Mapping[str, Any], plans: Mapping[Tensor, TensorPlan]) -> None:
@@ -49,7 +49,8 @@ def warn_of_lost_updates(group: Mapping[str, Any], plans: Mapping[Tensor, Tensor
     lost = seen = 0
     for p in group["params"]:
         if p in plans and p.dtype in (torch.bfloat16, torch.float16) and not plans[p].planes:
-            some = p.detach().reshape(-1)[:: max(1, p.numel() // 1000)].double().abs()
+            some = local(p).detach().reshape(-1)
+            some = some[:: max(1, some.numel() // 1000)].double().abs()
             some = some[some.isfinite()]
             spacing = 2.0 ** some.log2().floor() * torch.finfo(p.dtype).eps
             lost += int((lr < spacing / 2).sum())

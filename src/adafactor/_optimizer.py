@@ -14,10 +14,11 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from adafactor import _state
-from adafactor._checks import refuse_sharded, refuse_shared, refuse_sparse, warn_of_lost_updates
+from adafactor._checks import refuse_flattened, refuse_shared, refuse_sparse, warn_of_lost_updates
+from adafactor._distributed import Member, Reduction, Sharding, is_dtensor, local
 from adafactor._hyper import DEFAULTS, Hyper, Lr, caller_level, check_lr, dtype_name, resolve
 from adafactor._in_backward import InBackward
-from adafactor._plan import TensorPlan, View, check_parameter, resolve_factor, tensor_plan, view_of
+from adafactor._plan import TensorPlan, View, check_parameter, piece_of, resolve_factor, tensor_plan, view_of
 from adafactor._reports import Diagnostics, Explanation, diagnostics_of, explanation_of
 from adafactor._rounding import join_weight, stream_key
 from adafactor._schedule import exact, rho_at
@@ -29,7 +30,9 @@ from adafactor.backends import (
     Report,
     Streams,
     Task,
+    allocate_sums,
     check_available,
+    reference,
     select,
     serving,
 )
@@ -138,6 +141,8 @@ class Adafactor(Optimizer):
     def _start(self, ready: bool = True) -> None:
         """What is rebuilt, not saved."""
         self._slots: dict[Tensor, _Slot] = {}
+        self._split: set[Tensor] = set()  # parameters whose sums cross a mesh
+        self._reductions: dict[tuple[int, ...], Reduction] = {}
         self._updated: dict[int, dict[str, Any]] = {}  # groups with updates that `step` has not counted yet
         self._warned_lr = False
         self._ready = ready  # not before the constructor has all groups
@@ -251,7 +256,8 @@ class Adafactor(Optimizer):
         `print(optimizer.explain())` shows a table.
         """
         self._rebuild()
-        return explanation_of((slot.plan, p in self.state, slot.served) for p, slot in self._slots.items())
+        slots = self._slots.items()
+        return explanation_of((slot.plan, slot.task.plan, p in self.state, slot.served) for p, slot in slots)
 
     def diagnostics(self) -> dict[str, Diagnostics]:
         """Per parameter: updates, RMS(U), share of clipped updates, step size, skipped gradients. Waits for the device.
@@ -266,8 +272,9 @@ class Adafactor(Optimizer):
         self._rebuild()
         weights = {}
         for p, slot in self._slots.items():
-            planes = [self.state[p][plane] for plane in slot.plan.planes if p in self.state]
-            weights[slot.plan.name] = join_weight(p.detach(), *planes) if planes else p.detach().clone()
+            planes = [local(self.state[p][plane]) for plane in slot.plan.planes if p in self.state]
+            piece = join_weight(local(p).detach(), *planes) if planes else local(p).detach().clone()
+            weights[slot.plan.name] = slot.sharding.like(p, piece) if slot.sharding else piece
         return weights
 
     def step_in_backward(
@@ -325,35 +332,71 @@ class Adafactor(Optimizer):
         """One update of those of the chosen parameters that have a gradient, group by group."""
         batches: dict[str, tuple[Backend, list[Task]]] = {}
         updated: dict[int, dict[str, Any]] = {}
+        split: list[Tensor] = []
         try:
             for group, params in chosen:
                 hyper = Hyper.of(group)
                 lr = self._lr(group, hyper)
                 for p in params:
                     g = p.grad
+                    if p in self._split and (p.requires_grad or g is not None):
+                        split.append(p)
                     if g is None:
                         continue
                     slot = self._slots.get(p)
-                    if slot is None or not slot.take(hyper, g, self.state.get(p)):
+                    if slot is None or not slot.take(hyper, p, g, self.state.get(p)):
                         slot = self._slot(p, hyper)
                         if g.layout is not torch.strided:
                             refuse_sparse(slot.plan.name)
-                        slot.task.hyper, slot.task.g, slot.task.state = hyper, g, self.state[p]
+                        slot.fill(hyper, p, g, self.state[p])
                         slot.served = serving(slot.choice, slot.task)
                     slot.task.lr = lr
+                    updated[id(group)] = group
+                    if p in self._split:
+                        continue
                     backend = slot.served.backend
                     if backend.name not in batches:
                         batches[backend.name] = backend, []
                     batches[backend.name][1].append(slot.task)
-                    updated[id(group)] = group
             for backend, batch in batches.values():
-                # On one device the local sums are the global sums; sharded, they will cross the mesh in between.
                 backend.step(batch)
+            if split:
+                self._update_split(split)
         finally:
+            for p in split:
+                self._slots[p].task.let_go()
             for _, batch in batches.values():
                 for task in batch:
                     task.let_go()
         self._updated |= updated
+
+    def _update_split(self, params: list[Tensor]) -> None:
+        """One update of parameters whose sums cross a mesh: sweep, reduce, apply. The same parameters on every rank."""
+        slots = [self._slots[p] for p in params]
+        key = tuple(map(id, slots))
+        if key not in self._reductions:
+            members = [Member(slot.task.plan, slot.sharding) for slot in slots if slot.sharding]
+            self._reductions[key] = Reduction(members)
+        reduction = self._reductions[key]
+        tasks = [slot.task if p.grad is not None else None for slot, p in zip(slots, params, strict=True)]
+        batches: dict[str, tuple[Backend, list[Task]]] = {}
+        for slot, task in zip(slots, tasks, strict=True):
+            if task is not None:
+                backend = slot.served.backend
+                batches.setdefault(backend.name, (backend, []))[1].append(task)
+        present = [task for task in tasks if task is not None]
+        allocate_sums(present)
+        reference.sum_rows([task for task in present if "row_sq" in task.sums])
+        sums = [None if task is None else task.sums for task in tasks]
+        reduction.rows(sums)
+        for backend, batch in batches.values():
+            backend.sweep(batch)
+        for begins in reduction.complete(sums):
+            reference.mean_squares([task for task in map(tasks.__getitem__, begins) if task is not None])
+        for backend, batch in batches.values():
+            backend.apply(batch)
+        written = [p for p in params if p.grad is not None and not p.is_inference()]
+        torch.autograd.graph.increment_version(written)
 
     def _show_lr(self, group: dict[str, Any], updates: int) -> None:
         group["updates"] = updates
@@ -412,6 +455,7 @@ class Adafactor(Optimizer):
         if slot and slot.plan.shape == p.shape and slot.key[1:] == _key(p, hyper)[1:]:
             # Moved or cast, as trainers do block by block: the others are as they were.
             self._slots[p] = self._new_slot(p, slot.plan.name, hyper, slot.plan.view)
+            self._reductions.clear()
         else:
             self._rebuild()
         return self._slots[p]
@@ -422,6 +466,7 @@ class Adafactor(Optimizer):
         Parameters without data (on "meta", or lazy) and frozen ones wait for their first use.
         """
         self._forget_removed()
+        self._reductions.clear()
         slots: dict[Tensor, _Slot] = {}
         start, seen, places = 0, Counter(), {}
         for group in self.param_groups:
@@ -435,30 +480,34 @@ class Adafactor(Optimizer):
                     slots[p] = self._new_slot(p, name, hyper, view)
             start += len(group["params"])
         self._slots = slots
+        self._split = {p for p, slot in slots.items() if slot.task.plan.crossings}
 
     @torch.inference_mode(False)  # wherever the optimizer is built, steps write to what is allocated here
     def _new_slot(self, p: Tensor, name: str, hyper: Hyper, view: View | None) -> _Slot:
         check_parameter(name, p.dtype)
-        refuse_sharded(name, p)
-        plan = tensor_plan(name, p.shape, p.dtype, hyper, view)
+        refuse_flattened(name, p)
+        sharding = Sharding(name, p) if is_dtensor(p) else None
+        home = sharding or _state.OnDevice(p.device)
+        plan = tensor_plan(name, p.shape, p.dtype, hyper, view, sharding.part.split if sharding else ())
+        piece = piece_of(plan, sharding.part) if sharding else plan
         state, old = self.state.get(p), self._slots.get(p)
         if isinstance(state, dict) and state:
-            self.state[p] = _state.carry_over(plan, state, p.device)
+            self.state[p] = _state.carry_over(plan, state, home)
         elif not state and (p.requires_grad or p.grad is not None):
-            self.state[p] = _state.allocate(plan, p.device)
-        if old and old.report.values.device == p.device and old.plan.dims == plan.dims:
+            self.state[p] = _state.allocate(plan, home)
+        if old and old.report.values.device == p.device and old.task.plan.dims == piece.dims:
             report = old.report
         else:
-            report = Report.of(plan, p.device)
+            report = Report.of(piece, p.device)
         streams = Streams(stream_key(hyper.seed, name), stream_key(hyper.seed, f"{name}/exp_avg"))
         names = frozenset(spec.name for spec in plan.state)
-        key, choice = _key(p, hyper), select(self._backend, plan, p)
-        if old and (old.key, old.plan, old.choice) == (key, plan, choice) and old.report is report:
+        key, choice = _key(p, hyper), select(self._backend, piece, local(p))
+        if old and (old.key, old.task.plan, old.choice) == (key, piece, choice) and old.report is report:
             kept, served = old.kept, old.served
         else:
             kept, served = Kept(), choice
-        task = Task(plan, hyper, p, NO_GRADIENT, {}, None, streams, report, kept)
-        return _Slot(key, hyper, plan, names, report, kept, choice, served, task)
+        task = Task(piece, hyper, local(p), NO_GRADIENT, {}, None, streams, report, kept)
+        return _Slot(key, hyper, plan, names, report, kept, choice, served, task, sharding)
 
     def _forget_removed(self) -> None:
         """Drop the state of parameters that are no longer in any group: they were swapped for others."""
@@ -475,7 +524,8 @@ class Adafactor(Optimizer):
                 shielded = self.state.get(p)
                 if isinstance(shielded, _state.Shielded):
                     plan = self._slots[p].plan
-                    self.state[p] = _state.load(plan, shielded.saved, p.device, group["momentum_mode"], shielded.source)
+                    home = self._slots[p].sharding or _state.OnDevice(p.device)
+                    self.state[p] = _state.load(plan, shielded.saved, home, group["momentum_mode"], shielded.source)
                 if p in self.state:
                     steps.append(int(self.state[p]["step"]))
             self._show_lr(group, max(steps))
@@ -493,12 +543,25 @@ class _Slot:
     served: Choice  # the choice, or what took its place at the last step
     task: Task
 
-    def take(self, hyper: Hyper, g: Tensor, state: dict[str, Any] | None) -> bool:
-        """Give the task this step's gradient, if the backend is ready for it: if all else is as it was."""
+    sharding: Sharding | None
+    state: dict[str, Any] | None = None  # at the last step
+
+    def fill(self, hyper: Hyper, p: Tensor, g: Tensor, state: dict[str, Any]) -> None:
+        """Give the task this step's gradient and the tensors that are here."""
         task = self.task
-        if task.state is not state or task.hyper is not hyper or self.served is not self.choice:
+        task.hyper, task.g, self.state = hyper, g, state
+        if self.sharding is None:
+            task.state = state
+            return
+        task.p, task.g = local(p), self.sharding.gradient(self.plan.name, g)
+        task.state = {name: local(state[name]) for name in self.names}
+
+    def take(self, hyper: Hyper, p: Tensor, g: Tensor, state: dict[str, Any] | None) -> bool:
+        """The same, if the backend is ready for it: if all else is as it was."""
+        task = self.task
+        if self.state is not state or state is None or task.hyper is not hyper or self.served is not self.choice:
             return False
-        task.g = g
+        self.fill(hyper, p, g, state)
         if self.choice.backend.ready(task):
             return True
         task.let_go()
@@ -512,7 +575,9 @@ def _key(p: Tensor, hyper: Hyper) -> tuple:
     return _form(p), momentum, structure, hyper.seed
 
 
-def _form(p: Tensor) -> tuple:
+def _form(p: Any) -> tuple:
+    if is_dtensor(p):
+        return p.shape, p.dtype, local(p).is_contiguous(), p.placements, p.device_mesh
     return p.shape, p.dtype, p.is_contiguous()
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
@@ -42,14 +42,37 @@ class View(NamedTuple):
     def order(self) -> Axes:
         return self.batch + self.rows + self.cols
 
+    @property
+    def swapped(self) -> View:
+        return View(self.batch, self.cols, self.rows)
+
+
+class Part(NamedTuple):
+    """The piece of a parameter that one process holds.
+
+    Attributes:
+        shape: the piece's.
+        offset: where it begins in the whole, along each axis.
+        split: the axis that each dim of the device mesh splits, or None.
+    """
+
+    shape: Shape
+    offset: Shape
+    split: tuple[int | None, ...]
+
+    def dims(self, axes: Axes) -> tuple[int, ...]:
+        """The dims of the mesh that split any of these axes."""
+        return tuple(dim for dim, axis in enumerate(self.split) if axis in axes)
+
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Name, shape and dtype of one tensor."""
+    """Name, shape and dtype of one tensor; the axes of the parameter that its first axes are."""
 
     name: str
     shape: Shape
     dtype: str
+    axes: Axes = ()
 
     @property
     def numel(self) -> int:
@@ -60,13 +83,28 @@ class TensorSpec:
         return self.numel * dtype_of(self.dtype).itemsize
 
 
+class Crossing(NamedTuple):
+    """Sums that are added up over dims of the mesh.
+
+    Attributes:
+        stage: ROWS before the sweep, SUMS after it, or MEANS when RMS(U) of the piece is known.
+    """
+
+    stage: int
+    sums: tuple[str, ...]
+    dims: tuple[int, ...]
+
+
+ROWS, SUMS, MEANS = range(3)
+
+
 @dataclass(frozen=True)
 class TensorPlan:
-    """How one parameter is treated.
+    """How one parameter is treated, or the piece of a sharded one that is here.
 
     Attributes:
         name: the parameter's name, or "param 3" where the optimizer does not know it.
-        shape, dtype: the parameter's own.
+        shape, dtype: the parameter's own, or the piece's.
         view: the matrix view, or None where the full second moment V is kept.
         state: the state tensors. A row statistic has the parameter's shape without the column axes, a column
             statistic the shape without the row axes, so that each keeps the parameter's own sharding.
@@ -74,6 +112,10 @@ class TensorPlan:
             `[matrices, columns]` each. Where a matrix is split over devices, these are what crosses the mesh.
         shared_rms: RMS(U) and RMS(p) are taken over the whole tensor, not matrix by matrix.
         planes: the state tensors that keep the missing bits of the weights, of which there may be none.
+        row_stat, col_stat: the state tensors that go with the view's rows and columns.
+        whole: the shape of the whole parameter.
+        offset: where the piece begins in it, along each axis.
+        crossings: which sums cross which dims of the mesh, in the order in which they have to.
     """
 
     name: str
@@ -84,6 +126,11 @@ class TensorPlan:
     sums: tuple[TensorSpec, ...]
     shared_rms: bool
     planes: tuple[str, ...]
+    row_stat: str
+    col_stat: str
+    whole: Shape
+    offset: Shape
+    crossings: tuple[Crossing, ...]
 
     @property
     def factored(self) -> bool:
@@ -97,9 +144,12 @@ class TensorPlan:
     @cached_property
     def dims(self) -> tuple[int, int, int]:
         """(matrices, rows, columns); a tensor that keeps the full V counts as one row."""
-        if self.view is None:
-            return 1, 1, math.prod(self.shape)
-        return tuple(math.prod(self.shape[axis] for axis in axes) for axes in self.view)  # type: ignore[return-value]
+        return _dims(self.shape, self.view)
+
+    @cached_property
+    def whole_dims(self) -> tuple[int, int, int]:
+        """Those of the whole parameter."""
+        return _dims(self.whole, self.view)
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -131,9 +181,14 @@ class TensorPlan:
 
 
 def tensor_plan(
-    name: str, shape: Sequence[int], dtype: torch.dtype | str, hyper: Hyper, view: View | None
+    name: str,
+    shape: Sequence[int],
+    dtype: torch.dtype | str,
+    hyper: Hyper,
+    view: View | None,
+    split: tuple[int | None, ...] = (),
 ) -> TensorPlan:
-    """The plan of one parameter whose view has been chosen (by `choose_view`).
+    """The plan of one parameter whose view has been chosen (by `choose_view`), split over a mesh as `Part.split` says.
 
     Raises:
         ValueError: for a float16 parameter where `weight_bits` is set; wider ones have those bits already.
@@ -144,39 +199,111 @@ def tensor_plan(
             f"weight_bits={hyper.weight_bits} keeps the missing bits of bfloat16 weights, and parameter {name!r} is "
             "float16; convert it to bfloat16, or put it into a group with weight_bits=None"
         )
-    compute = dtype_name(_compute_dtype(dtype))
+    compute, every = dtype_name(_compute_dtype(dtype)), tuple(range(len(shape)))
     state = [TensorSpec("step", (), "float32")]
     if view is None:
-        state.append(TensorSpec("exp_avg_sq", shape, compute))
-        sums = {"grad_sq": (1,), "update_sq": (1,), "param_sq": (1,)}
+        state.append(TensorSpec("exp_avg_sq", shape, compute, every))
     else:
-        state.append(TensorSpec("exp_avg_sq_row", _without(shape, view.cols), compute))
-        state.append(TensorSpec("exp_avg_sq_col", _without(shape, view.rows), compute))
-        matrices, cols = (math.prod(shape[axis] for axis in axes) for axes in (view.batch, view.cols))
-        sums = {"grad_sq": (matrices,), "row_sum": (matrices,), "param_sq": (matrices,)}
-        sums |= {"col_sq": (matrices, cols), "col_ratio": (matrices, cols)}
+        for stat, averaged in (("exp_avg_sq_row", view.cols), ("exp_avg_sq_col", view.rows)):
+            axes = tuple(axis for axis in every if axis not in averaged)
+            state.append(TensorSpec(stat, tuple(shape[axis] for axis in axes), compute, axes))
     if hyper.momentum:
         kept = hyper.momentum_dtype
+        if kept == "int8" and view is not None and any(axis in view.cols for axis in split):
+            kept = "bfloat16"  # blocks that share a scale would lie across devices
         if kept == "float32" or (kept == "int8" and view is None):
             kept = compute  # one byte needs rows to share scales along
-        state.append(TensorSpec("exp_avg", shape, kept))
         if kept == "int8" and view is not None:
+            axes = state[1].axes
             blocks = -(-math.prod(shape[axis] for axis in view.cols) // MOMENTUM_BLOCK)
-            state.append(TensorSpec("exp_avg_scale", (*_without(shape, view.cols), blocks), "float32"))
+            # Not "exp_avg": who reads a checkpoint by name alone would take codes for values.
+            state.append(TensorSpec("exp_avg_code", shape, kept, every))
+            state.append(TensorSpec("exp_avg_scale", (*state[1].shape, blocks), "float32", axes))
+        else:
+            state.append(TensorSpec("exp_avg", shape, kept, every))
     planes = PLANES[hyper.weight_bits] if hyper.weight_bits and dtype == "bfloat16" else ()
-    state += [TensorSpec(plane, shape, "uint8") for plane in planes]
-    if not hyper.scale_parameter:
-        del sums["param_sq"]
+    state += [TensorSpec(plane, shape, "uint8", every) for plane in planes]
     return TensorPlan(
         name=name,
         shape=shape,
         dtype=dtype,
         view=view,
         state=tuple(state),
-        sums=tuple(TensorSpec(key, size, compute) for key, size in sums.items()),
+        sums=_sums(_dims(shape, view), compute, hyper.scale_parameter, view is not None),
         shared_rms=hyper.rms_scope == "tensor",
         planes=planes,
+        row_stat="exp_avg_sq_row",
+        col_stat="exp_avg_sq_col",
+        whole=shape,
+        offset=(0,) * len(shape),
+        crossings=(),
     )
+
+
+def piece_of(plan: TensorPlan, part: Part) -> TensorPlan:
+    """The plan of the piece that one process holds.
+
+    A sweep adds up columns across rows that may be elsewhere, but has to see rows in one piece. So where columns are
+    split, the view's rows and columns change roles; where both are, the sums over rows cross first.
+    """
+    view, scaled = plan.view, any(spec.name == "param_sq" for spec in plan.sums)
+    first = next((axis for axis in part.split if view and axis is not None and axis not in view.batch), None)
+    swaps = view is not None and first in view.cols
+    if view is not None and swaps:
+        view = view.swapped
+    dims, compute = _dims(part.shape, view), dtype_name(plan.compute_dtype)
+    sums = list(_sums(dims, compute, scaled, view is not None))
+    names = tuple(spec.name for spec in sums)
+    if view is None:
+        crossings = [Crossing(SUMS, names, part.dims(tuple(range(len(part.shape)))))]
+    else:
+        matrices, rows, _ = dims
+        by_row, by_col, by_matrix = part.dims(view.rows), part.dims(view.cols), part.dims(view.batch)
+        means = by_col + by_matrix * plan.shared_rms
+        crossings = [
+            Crossing(ROWS, ("row_sq",), by_col),
+            Crossing(SUMS, names, by_row),
+            Crossing(SUMS, ("finite",), by_col + by_matrix),
+            Crossing(MEANS, ("means",), means),
+        ]
+        if by_col + by_matrix:
+            sums.append(TensorSpec("finite", (1,), compute))
+        if by_col:
+            sums.append(TensorSpec("row_sq", (matrices, rows), compute))
+        if means:
+            sums.append(TensorSpec("means", (2, 1 if plan.shared_rms else matrices), compute))
+    return replace(
+        plan,
+        shape=part.shape,
+        view=view,
+        state=tuple(
+            replace(spec, shape=(*(part.shape[axis] for axis in spec.axes), *spec.shape[len(spec.axes) :]))
+            for spec in plan.state
+        ),
+        sums=tuple(sums),
+        row_stat=plan.col_stat if swaps else plan.row_stat,
+        col_stat=plan.row_stat if swaps else plan.col_stat,
+        offset=part.offset,
+        crossings=tuple(crossing for crossing in crossings if crossing.dims),
+    )
+
+
+def _sums(dims: tuple[int, int, int], compute: str, scaled: bool, factored: bool) -> tuple[TensorSpec, ...]:
+    matrices, _, cols = dims
+    if factored:
+        sums = {"grad_sq": (matrices,), "row_sum": (matrices,), "param_sq": (matrices,)}
+        sums |= {"col_sq": (matrices, cols), "col_ratio": (matrices, cols)}
+    else:
+        sums = {"grad_sq": (1,), "update_sq": (1,), "param_sq": (1,)}
+    if not scaled:
+        del sums["param_sq"]
+    return tuple(TensorSpec(key, size, compute) for key, size in sums.items())
+
+
+def _dims(shape: Shape, view: View | None) -> tuple[int, int, int]:
+    if view is None:
+        return 1, 1, math.prod(shape)
+    return tuple(math.prod(shape[axis] for axis in axes) for axes in view)  # type: ignore[return-value]
 
 
 def choose_view(shape: Sequence[int], rule: str, minimum: int) -> View | None:
@@ -299,10 +426,6 @@ def named_shapes(model_or_shapes: Any, *, frozen: bool = False) -> list[tuple[st
 
 def _compute_dtype(dtype: str) -> torch.dtype:
     return torch.float64 if dtype == "float64" else torch.float32
-
-
-def _without(shape: Shape, axes: Axes) -> Shape:
-    return tuple(size for axis, size in enumerate(shape) if axis not in axes)
 
 
 def _checked_view(view: Any, name: str, shape: Shape) -> View | None:

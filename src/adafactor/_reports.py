@@ -10,7 +10,7 @@ from adafactor.backends import Choice, Report
 
 
 class Row(NamedTuple):
-    """How one parameter is treated."""
+    """How one parameter is treated; `state_bytes` are those on this rank."""
 
     name: str
     shape: tuple[int, ...]
@@ -57,8 +57,8 @@ class Diagnostics(NamedTuple):
     step_size: tuple[float, ...]
 
 
-def explanation_of(choices: Iterable[tuple[TensorPlan, bool, Choice]]) -> Explanation:
-    """Rows from (plan, whether its state is allocated, backend); a frozen parameter has no state until it is used."""
+def explanation_of(choices: Iterable[tuple[TensorPlan, TensorPlan, bool, Choice]]) -> Explanation:
+    """Rows from (plan, that of the piece here, whether its state is allocated, backend)."""
     return Explanation(
         Row(
             plan.name,
@@ -66,11 +66,11 @@ def explanation_of(choices: Iterable[tuple[TensorPlan, bool, Choice]]) -> Explan
             plan.dtype,
             plan.describe_view(),
             plan.factored,
-            plan.nbytes * allocated,
+            piece.nbytes * allocated,  # a frozen parameter has none until it is used
             choice.backend.name,
             choice.reason,
         )
-        for plan, allocated, choice in choices
+        for plan, piece, allocated, choice in choices
     )
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from adafactor._distributed import is_elsewhere, whole
 from adafactor._hyper import dtype_of
 from adafactor._plan import Shape, TensorPlan, TensorSpec, View, choose_view
 from adafactor._rounding import PLANES, dequantize, quantize
@@ -18,17 +19,39 @@ from adafactor._rounding import PLANES, dequantize, quantize
 State = dict[str, Tensor]
 
 
-def allocate(plan: TensorPlan, device: torch.device) -> State:
+class Home(Protocol):
+    """Where a parameter's state lies: on its device, or spread over its mesh."""
+
+    def zeros(self, spec: TensorSpec) -> Tensor: ...
+
+    def place(self, spec: TensorSpec, value: Any, *, copy: bool = False) -> Tensor:
+        """A state tensor as it belongs here, in the dtype of the plan."""
+        ...
+
+
+@dataclass(frozen=True)
+class OnDevice:
+    device: torch.device
+
+    def zeros(self, spec: TensorSpec) -> Tensor:
+        return torch.zeros(spec.shape, dtype=dtype_of(spec.dtype), device=self.device)
+
+    def place(self, spec: TensorSpec, value: Any, *, copy: bool = False) -> Tensor:
+        placed = whole(value).to(self.device, dtype_of(spec.dtype), copy=copy)
+        return placed.detach().contiguous() if copy else placed
+
+
+def allocate(plan: TensorPlan, home: Home) -> State:
     """The state of a parameter that has not been updated yet."""
-    return {spec.name: _zeros(spec, device) for spec in plan.state}
+    return {spec.name: home.zeros(spec) for spec in plan.state}
 
 
 def has_data(p: Tensor) -> bool:
-    """Whether a parameter is there to be optimized: not on "meta", not lazy."""
-    return not (p.is_meta or is_lazy(p))
+    """Whether a parameter is there to be optimized: not on "meta", not lazy, not on other ranks alone."""
+    return not (p.is_meta or is_lazy(p) or is_elsewhere(p))
 
 
-def carry_over(plan: TensorPlan, state: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+def carry_over(plan: TensorPlan, state: Mapping[str, Any], home: Home) -> dict[str, Any]:
     """The same state after its parameter moved, changed its dtype, or its group switched momentum on or off.
 
     What others keep there under names of their own stays.
@@ -38,19 +61,17 @@ def carry_over(plan: TensorPlan, state: Mapping[str, Any], device: torch.device)
     for spec in plan.state:
         value = state.get(spec.name)
         if value is None and spec.name in _STARTS_AT_ZERO:
-            value = _zeros(spec, device)
+            value = home.zeros(spec)
         if value is None or tuple(value.shape) != spec.shape:
             raise ValueError(
                 f"parameter {plan.name!r} now has shape {plan.shape}, seen as {plan.describe_view()}, which its state "
                 f"does not fit ({spec.name!r}); `del optimizer.state[parameter]` starts its statistics anew"
             )
-        carried[spec.name] = value.to(device, dtype_of(spec.dtype))
+        carried[spec.name] = home.place(spec, value)
     return carried
 
 
-def load(
-    plan: TensorPlan, saved: Mapping[str, Any], device: torch.device, momentum_mode: str, source: Source
-) -> dict[str, Any]:
+def load(plan: TensorPlan, saved: Mapping[str, Any], home: Home, momentum_mode: str, source: Source) -> dict[str, Any]:
     """The state of one parameter from a checkpoint, in the dtypes of the plan.
 
     Raises:
@@ -62,9 +83,9 @@ def load(
     if not layout.own:
         saved = _as_planned(plan, saved, momentum_mode, source)
     planned = {spec.name: spec for spec in plan.state}
-    if ("exp_avg" in saved) != ("exp_avg" in planned):
+    if (_MOMENTUM & saved.keys() == set()) != (_MOMENTUM & planned.keys() == set()):
         has, lacks, fix = ("the checkpoint", "this optimizer", "beta1=0.9, say,")
-        if "exp_avg" in planned:
+        if _MOMENTUM & planned.keys():
             has, lacks, fix = ("this optimizer", "the checkpoint", "beta1=None")
         raise ValueError(
             f"{has} has momentum for parameter {plan.name!r} and {lacks} has none; "
@@ -73,7 +94,7 @@ def load(
     saved = _requantized(plan, saved)
     for name, spec in planned.items():
         if name not in saved and name in plan.planes:
-            loaded[name] = _zeros(spec, device)
+            loaded[name] = home.zeros(spec)
             continue
         if name not in saved:
             raise ValueError(f"the checkpoint has no {name!r} for parameter {plan.name!r}; {layout.remedy}")
@@ -83,7 +104,7 @@ def load(
                 f"{name!r} of parameter {plan.name!r} has shape {tuple(value.shape)} in the checkpoint, "
                 f"not {spec.shape}; {layout.remedy}"
             )
-        loaded[name] = value.detach().to(device, dtype_of(spec.dtype), copy=True).contiguous()
+        loaded[name] = home.place(spec, value, copy=True)
     return loaded
 
 
@@ -117,8 +138,9 @@ class Layout:
 
 
 _SAME = {name: name for name in ("step", "exp_avg_sq_row", "exp_avg_sq_col", "exp_avg_sq", "exp_avg")}
-_OURS = _SAME | {name: name for name in ("exp_avg_scale", *PLANES[32])}
-_STARTS_AT_ZERO = {"exp_avg", "exp_avg_scale", *PLANES[32]}
+_OURS = _SAME | {name: name for name in ("exp_avg_code", "exp_avg_scale", *PLANES[32])}
+_MOMENTUM = {"exp_avg", "exp_avg_code"}
+_STARTS_AT_ZERO = {*_MOMENTUM, "exp_avg_scale", *PLANES[32]}
 
 # The first layout whose marks a param group carries is taken.
 LAYOUTS = (
@@ -233,7 +255,7 @@ def _as_planned(plan: TensorPlan, saved: dict[str, Any], momentum_mode: str, sou
                 saved[name] = saved[name].squeeze(averaged)
     if theirs is None and plan.view is not None and "exp_avg_sq" in saved:
         # The averages of V over columns and rows are what R and C would have been: averaging commutes with the decay.
-        full = saved.pop("exp_avg_sq").to(plan.compute_dtype)
+        full = whole(saved.pop("exp_avg_sq")).to(plan.compute_dtype)
         saved["exp_avg_sq_row"], saved["exp_avg_sq_col"] = full.mean(plan.view.cols), full.mean(plan.view.rows)
     return saved
 
@@ -246,25 +268,22 @@ def _requantized(plan: TensorPlan, state: Mapping[str, Any]) -> dict[str, Any]:
     """The state with its momentum in one byte exactly where the plan wants it so, whatever it was kept in."""
     state = dict(state)
     planned = {spec.name: spec for spec in plan.state}
-    is_byte, wants_byte = "exp_avg_scale" in state, "exp_avg_scale" in planned
-    if "exp_avg" not in state or is_byte == wants_byte:
+    is_byte, wants_byte = "exp_avg_code" in state, "exp_avg_code" in planned
+    kept = "exp_avg_code" if is_byte else "exp_avg"
+    if kept not in state or is_byte == wants_byte:
         return state
-    if plan.view is None or tuple(state["exp_avg"].shape) != plan.shape:
+    if plan.view is None or tuple(state[kept].shape) != plan.shape:
         return state  # it does not fit, and who asked will say so
-    M = state["exp_avg"].permute(plan.order)
+    M = whole(state.pop(kept)).permute(plan.order)
     sizes, rows = M.shape, M.reshape(-1, plan.dims[2])
-    row_sizes, kept = [plan.shape[axis] for axis in plan.row_axes], sorted(plan.row_axes)
-    to_kept = [plan.row_axes.index(axis) for axis in kept]
+    row_sizes, row_axes = [plan.shape[axis] for axis in plan.row_axes], sorted(plan.row_axes)
+    to_kept = [plan.row_axes.index(axis) for axis in row_axes]
     if is_byte:
-        scale = state.pop("exp_avg_scale").permute([kept.index(axis) for axis in plan.row_axes] + [-1])
+        scale = whole(state.pop("exp_avg_scale")).permute([row_axes.index(axis) for axis in plan.row_axes] + [-1])
         M = dequantize(rows, scale.reshape(len(rows), -1))
     else:
         M, scale = quantize(rows.float(), None)
         state["exp_avg_scale"] = scale.view(*row_sizes, -1).permute([*to_kept, -1]).contiguous()
     back = [plan.order.index(axis) for axis in range(len(plan.shape))]
-    state["exp_avg"] = M.view(sizes).permute(back).contiguous()
+    state["exp_avg_code" if wants_byte else "exp_avg"] = M.view(sizes).permute(back).contiguous()
     return state
-
-
-def _zeros(spec: TensorSpec, device: torch.device) -> Tensor:
-    return torch.zeros(spec.shape, dtype=dtype_of(spec.dtype), device=device)

@@ -27,7 +27,7 @@ name = "cpu"
 
 _NOW = struct.Struct("4q d")  # the part of a task that changes from step to step: zeros until a run fills it in
 _G, _SUMS, _ROWS, _KNOWN, _LR = range(5)
-_PREPARED = struct.Struct("10q 9q 7q 8d 4i")
+_PREPARED = struct.Struct("10q 13q 7q 8d 4i")
 _TASK_BYTES = _NOW.size + _PREPARED.size
 _SWEEP, _APPLY = 1, 2
 _FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, None: 3, torch.int8: 4}
@@ -87,8 +87,14 @@ def refuses_parameter(plan: TensorPlan, p: Tensor) -> str | None:
         return missing()
     if p.dtype not in _FORMATS:
         return f"no CPU kernels for {plan.dtype}"
+    if any(spec.name == "row_sq" for spec in plan.sums) or plan.row_stat == "exp_avg_sq_col":
+        return "its columns are split over ranks"
+    if any(spec.name == "means" for spec in plan.sums):
+        return "matrices on several ranks share one RMS"
     if plan.order != tuple(range(len(plan.shape))):
         return "the axes of its matrix view are not in memory order"
+    if not _is_run(plan):
+        return "its part on this rank is not a run of whole rows"
     if not p.is_contiguous() or p.is_neg():
         return "it is not contiguous"
     if p.numel() == 0:
@@ -220,15 +226,15 @@ def _prepare(task: Task) -> _Prepared:
     tensors = {spec.name: task.state[spec.name] for spec in plan.state}
     if hyper.scale_parameter and kept.param_sq is None:
         kept.param_sq = torch.empty(plan.dims[0] + 1, dtype=torch.float32, device="cpu")
-    momentum = tensors.get("exp_avg")
+    momentum = tensors.get("exp_avg", tensors.get("exp_avg_code"))
     places = (
         p,
         tensors.get("weight_low"),
         tensors.get("weight_lowest"),
         momentum,
         tensors.get("exp_avg_scale"),
-        tensors["exp_avg_sq_row" if plan.factored else "exp_avg_sq"],
-        tensors.get("exp_avg_sq_col"),
+        tensors[plan.row_stat if plan.factored else "exp_avg_sq"],
+        tensors.get(plan.col_stat),
         tensors["step"],
         task.report.values,
         kept.param_sq if hyper.scale_parameter else None,
@@ -251,9 +257,20 @@ def _prepare(task: Task) -> _Prepared:
     return _Prepared(hyper, p.shape, task.g.dtype, p.data_ptr(), state, addresses, state_of, bytes(_NOW.size) + packed)
 
 
-def _geometry(plan: TensorPlan) -> tuple[int, int, int, int]:
-    """[matrices, rows, columns], and the index of the first element."""
-    return *plan.dims, 0
+def _is_run(plan: TensorPlan) -> bool:
+    """Whether the indices of the elements here are linear in (matrix, row, column): what is split is an outer axis."""
+    view = plan.view
+    inner = view.batch[1:] + view.rows[1:] + view.cols if view else range(1, len(plan.shape))
+    return all(plan.shape[axis] == plan.whole[axis] for axis in inner)
+
+
+def _geometry(plan: TensorPlan) -> tuple[int, ...]:
+    """[matrices, rows, columns] here; rows and columns of the whole; the first element's index and its strides."""
+    _, rows, cols = plan.whole_dims
+    first = 0
+    for offset, size in zip(plan.offset, plan.whole, strict=True):
+        first = first * size + offset
+    return *plan.dims, rows, cols, first, rows * cols, cols
 
 
 @lru_cache

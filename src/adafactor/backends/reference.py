@@ -67,18 +67,39 @@ def apply(tasks: Sequence[Task]) -> None:
         _apply(task)
 
 
+def sum_rows(tasks: Sequence[Task]) -> None:
+    """Before a sweep whose rows are split over devices: per row the sum of g^2, which has to be complete by then."""
+    for task in tasks:
+        for block in _blocks(task.plan):
+            task.sums["row_sq"].view(-1)[block.rows] = _read(task.plan, task.g, block).square().sum(2).view(-1)
+
+
+def mean_squares(tasks: Sequence[Task]) -> None:
+    """After it: what the columns or matrices that are here add to the means of U^2 and p^2."""
+    for task in tasks:
+        _, n, m = task.plan.whole_dims
+        sums = task.sums
+        mean_p2 = sums["param_sq"] / (n * m) if "param_sq" in sums else torch.zeros_like(sums["grad_sq"])
+        means = torch.stack([_factors(task).mean_U2, mean_p2])
+        if task.plan.shared_rms:
+            means = means.sum(1, keepdim=True) / task.plan.whole_dims[0]
+        sums["means"] += means
+
+
 def _sweep_factored(task: Task) -> None:
     """R of this step into scratch; per column the sums of g^2 and of g^2 / R; the sums of R, g^2 and p^2."""
     plan, sums, eps1 = task.plan, task.sums, task.hyper.eps[0]
-    matrices, n, m = plan.dims
-    R = _ordered(task.state["exp_avg_sq_row"], plan.row_axes).reshape(-1)  # [matrices * rows]
+    matrices, n, _ = plan.dims
+    m = plan.whole_dims[2]
+    R = _ordered(task.state[plan.row_stat], plan.row_axes).reshape(-1)  # [matrices * rows]
     R = R * task.beta2  # a copy: nothing is committed before apply
     for block in _blocks(plan):
         b = block.matrices
         G2 = _read(plan, task.g, block).square()  # [b, r, m]
         row_sq = G2.sum(2)  # [b, r]
         R_block = R[block.rows].view_as(row_sq)
-        R_block += (1 - task.beta2) * (row_sq / m + eps1)
+        complete = sums["row_sq"].view(-1)[block.rows].view_as(row_sq) if "row_sq" in sums else row_sq
+        R_block += (1 - task.beta2) * (complete / m + eps1)
         sums["grad_sq"][b] += row_sq.sum(1)
         sums["row_sum"][b] += R_block.sum(1)
         sums["col_sq"][b] += G2.sum(1)
@@ -102,17 +123,23 @@ def _sweep_full(task: Task) -> None:
 def _apply(task: Task) -> None:
     """C, RMS(U) and the step size from the sums; then U, momentum and decay block by block, committed where ok."""
     plan, hyper, sums, state = task.plan, task.hyper, task.sums, task.state
-    _, n, m = plan.dims
+    _, n, m = plan.whole_dims
     rho = rho_at(hyper, task.lr, task.t)
 
     factors = _factors(task) if plan.factored else None
-    rms_U = _rms(plan, factors.mean_U2 if factors else sums["update_sq"] / max(m, 1))
+    mean_U2 = factors.mean_U2 if factors else sums["update_sq"] / max(m, 1)
+    mean_p2 = sums["param_sq"] / max(n * m, 1) if hyper.scale_parameter else mean_U2
+    if "means" in sums:
+        mean_U2, mean_p2 = (mean.expand_as(mean_U2) for mean in sums["means"])
+    rms_U = _rms(plan, mean_U2)
     clip = torch.ones_like(rms_U) if hyper.clip_threshold is None else (rms_U / hyper.clip_threshold).clamp(min=1)
     alpha = torch.ones_like(rms_U) * rho
     if hyper.scale_parameter:
-        alpha *= _rms(plan, sums["param_sq"] / max(n * m, 1)).clamp(min=hyper.eps[1])
+        alpha *= _rms(plan, mean_p2).clamp(min=hyper.eps[1])
     # Sums that overflow, and weights that are not finite already, stop the step as a bad gradient does.
     ok = (sums["grad_sq"] + rms_U + alpha).isfinite().all()
+    if "finite" in sums:  # a piece may have no matrices, and none to say it
+        ok &= sums["finite"].isfinite().all()
     moves = ok & (rho != 0)
 
     for block in _blocks(plan, whole_rows="exp_avg_scale" in state):
@@ -131,12 +158,13 @@ def _apply(task: Task) -> None:
         _write_weights(task, block, p - step, moves)
 
     if factors:
-        _commit(_ordered(state["exp_avg_sq_row"], plan.row_axes), factors.R, ok)
-        _commit(_ordered(state["exp_avg_sq_col"], plan.col_axes), factors.C, ok)
+        _commit(_ordered(state[plan.row_stat], plan.row_axes), factors.R, ok)
+        _commit(_ordered(state[plan.col_stat], plan.col_axes), factors.C, ok)
     state["step"] += ok
     report = task.report
     counts = report.counts
-    counts += torch.stack([ok.float(), ok * (clip > 1).float().mean(), (~ok).float()])
+    clipped = (clip > 1).sum() / max(len(clip), 1)
+    counts += torch.stack([ok.float(), ok * clipped, (~ok).float()])
     _commit(report.update_rms, rms_U, ok)
     _commit(report.step_size, alpha, ok)
 
@@ -156,14 +184,14 @@ def _factors(task: Task) -> Factors:
 
     The ratio mean(R) / R_i would overflow for large gradients beside an unseen row, so the roots are taken first.
     """
-    matrices, n, m = task.plan.dims
-    sums, R = task.sums, task.rows
+    plan, sums, R = task.plan, task.sums, task.rows
     assert R is not None
-    C = _ordered(task.state["exp_avg_sq_col"], task.plan.col_axes).reshape(matrices, m)
+    _, n, m = plan.whole_dims
+    C = _ordered(task.state[plan.col_stat], plan.col_axes).reshape(plan.dims[0], plan.dims[2])
     C = task.beta2 * C + (1 - task.beta2) * (sums["col_sq"] / n + task.hyper.eps[0])
     root_mean_R = (sums["row_sum"] / n).sqrt()[:, None]
     b = C.rsqrt()
-    mean_U2 = ((sums["col_ratio"] / n).sqrt() * (root_mean_R * b)).square().mean(1)
+    mean_U2 = ((sums["col_ratio"] / n).sqrt() * (root_mean_R * b)).square().sum(1) / m
     return Factors(R, C, root_mean_R * R.rsqrt(), b, mean_U2)
 
 
@@ -194,15 +222,15 @@ def _descend(task: Task, block: Block, U: Tensor, alpha: Tensor, ok: Tensor) -> 
 
 
 def _momentum(task: Task, block: Block) -> Tensor:
-    kept = _piece(task.plan, task.state["exp_avg"], block)
     if "exp_avg_scale" not in task.state:
-        return kept
+        return _piece(task.plan, task.state["exp_avg"], block)
+    kept = _piece(task.plan, task.state["exp_avg_code"], block)
     scales = _scales(task, block)
     return dequantize(kept.reshape(-1, block.shape[2]), scales.reshape(-1, scales.shape[-1]))
 
 
 def _write_momentum(task: Task, block: Block, M: Tensor, ok: Tensor) -> None:
-    kept = _piece(task.plan, task.state["exp_avg"], block)
+    kept = _piece(task.plan, task.state["exp_avg_code" if "exp_avg_scale" in task.state else "exp_avg"], block)
     if "exp_avg_scale" in task.state:
         rows, stochastic = M.view(-1, block.shape[2]).float(), task.hyper.rounding == "stochastic"
         bits = _random_bits(task, block, rows, task.streams.momentum) if stochastic else None
@@ -374,8 +402,8 @@ def _element_index(plan: TensorPlan, block: Block, device: torch.device) -> Tens
     index = torch.zeros((), dtype=torch.int64, device=device)
     for position, axis in enumerate(plan.order):
         cut = block.index[position] if position < len(block.index) else slice(0, plan.shape[axis])
-        stride = math.prod(plan.shape[axis + 1 :])
-        index = index[..., None] + torch.arange(cut.start, cut.stop, device=device) * stride
+        stride = math.prod(plan.whole[axis + 1 :])
+        index = index[..., None] + (torch.arange(cut.start, cut.stop, device=device) + plan.offset[axis]) * stride
     return index
 
 

@@ -261,7 +261,7 @@ void prepare(Job& job, int64_t index) {
   float* b = job.b + chunk.matrix * job.padded + chunk.begin;
   float inverse[CHUNK];
   double ratio[CHUNK];
-  const double beta2 = job.beta2, rest = 1 - beta2, eps1 = task.eps1, rows = (double)task.rows;
+  const double beta2 = job.beta2, rest = 1 - beta2, eps1 = task.eps1, rows = (double)task.whole_rows;
   for (int64_t j = 0; j < width; ++j) {
     new_c[j] = (float)(beta2 * C[j] + rest * (new_c[j] / rows + eps1));
     inverse[j] = 1 / __builtin_sqrtf(new_c[j]);
@@ -333,7 +333,7 @@ void apply(Job& job, int64_t index) {
 
   // One run of elements: a row of a matrix, or a segment of a full V. Returns the sum of p^2 as written, in the order of
   // sum_of_squares.
-  const auto run = [&](int64_t offset, int64_t count, const B* b, float* m_scale, float factor)
+  const auto run = [&](int64_t offset, int64_t element, int64_t count, const B* b, float* m_scale, float factor)
                        __attribute__((always_inline)) {
     P* p = static_cast<P*>(task.p) + offset;
     L* low = past(static_cast<L*>(task.low), offset);
@@ -345,8 +345,8 @@ void apply(Job& job, int64_t index) {
     double param_sq = 0;
     for (int64_t start = 0; start < count; start += SEGMENT) {
       const int64_t stop = start + SEGMENT < count ? start + SEGMENT : count;
-      weights.begin(task.first + offset + start, stop - start);
-      averages.begin(task.first + offset + start, stop - start);
+      weights.begin(element + start, stop - start);
+      averages.begin(element + start, stop - start);
       const bool plain = simple && weights.plain() && averages.plain();
       Sums lanes;
       for (int64_t from = start; from < stop; from += GROUP) {
@@ -400,11 +400,12 @@ void apply(Job& job, int64_t index) {
       const float R = job.new_r[row];
       const float a = (float)(matrix.root_mean_row / __builtin_sqrtf(R));
       float* m_scale = one_byte ? task.m_scale + row * groups : nullptr;
-      param_sq += run(row * task.cols, task.cols, b, m_scale, a * matrix.scale);
+      const int64_t first = task.first + strip.matrix * task.matrix_stride + i * task.row_stride;
+      param_sq += run(row * task.cols, first, task.cols, b, m_scale, a * matrix.scale);
       task.r[row] = R;
     }
   } else {
-    param_sq = run(strip.begin, strip.end - strip.begin, static_cast<const B*>(nullptr), nullptr, matrix.scale);
+    param_sq = run(strip.begin, task.first + strip.begin, strip.end - strip.begin, static_cast<const B*>(nullptr), nullptr, matrix.scale);
   }
   job.strip[index].param_sq = param_sq;
 }

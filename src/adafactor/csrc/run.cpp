@@ -200,7 +200,7 @@ void get_sums(Job& job) {
 // RMS(U), the step size, and whether the step is taken at all.
 void settle(Job& job) {
   const Task& task = *job.task;
-  const double n = (double)task.rows, m = (double)task.cols, rho = job.rho;
+  const double n = (double)task.whole_rows, m = (double)task.whole_cols, rho = job.rho;
   double shared_U2 = 0, shared_p2 = 0;
   std::vector<double> mean_U2(task.matrices), mean_p2(task.matrices);
   for (int64_t k = 0; k < task.matrices; ++k) {

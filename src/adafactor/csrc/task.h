@@ -28,7 +28,8 @@ struct Task {
                     // [matrices], and then p's fingerprint
 
   int64_t matrices, rows, cols;
-  int64_t first;  // what stochastic rounding counts as the index of the first element
+  int64_t whole_rows, whole_cols;           // of the parameter, of which this may be a piece
+  int64_t first, matrix_stride, row_stride;  // what stochastic rounding counts as the index of an element
   int64_t p_format, g_format, m_format;
   int64_t factored, shared_rms;
 
