@@ -220,7 +220,7 @@ def test_remainders_and_one_byte_momentum_are_saved_and_not_cast():
     saved = copy.deepcopy(optimizer.state_dict()["state"][0])
     fresh = Adafactor([p], **kwargs)
     fresh.load_state_dict(optimizer.state_dict())
-    dtypes = {"exp_avg": torch.int8, "weight_low": torch.uint8, "weight_lowest": torch.uint8}
+    dtypes = {"exp_avg_code": torch.int8, "weight_low": torch.uint8, "weight_lowest": torch.uint8}
     assert fresh.state[p].keys() == saved.keys() > dtypes.keys()
     for key, value in fresh.state[p].items():
         assert value.dtype == dtypes.get(key, torch.float32)
