@@ -69,7 +69,11 @@ def cases() -> dict[str, Case]:
         sharded.steps, (4,), [Shard(0)], torch.bfloat16, {"lr": 1e-3, "factor": "none", "clip_threshold": None}
     )
     found["bits of columns"] = partial(
-        sharded.steps, (2, 2), [Shard(1), Shard(0)], torch.bfloat16, {"lr": 1e-3, "factor": "none", "clip_threshold": None}
+        sharded.steps,
+        (2, 2),
+        [Shard(1), Shard(0)],
+        torch.bfloat16,
+        {"lr": 1e-3, "factor": "none", "clip_threshold": None},
     )
     for function in ("replicas", "sequence_parallel", "mixtures", "full_precision", "noticed_writes", "versions"):
         found[function] = getattr(sharded, function)

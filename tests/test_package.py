@@ -29,8 +29,10 @@ LADDER = {
     "backends.cpu": {"_hyper", "_plan", "backends"},
     "backends.reference": {"_plan", "_rounding", "_schedule", "backends"},
     "_in_backward_guards": set(),
-    "_in_backward_ddp": set(),
-    "_in_backward": {"_in_backward_ddp", "_in_backward_guards"},
+    "_in_backward_turns": set(),
+    "_in_backward_ddp": {"_in_backward_turns"},
+    "_in_backward_fsdp": {"_distributed", "_in_backward_guards", "_in_backward_turns"},
+    "_in_backward": {"_distributed", "_in_backward_ddp", "_in_backward_fsdp", "_in_backward_guards"},
     "_optimizer": {
         "_checks",
         "_distributed",

@@ -6,6 +6,7 @@ in one flat buffer per process group, which is laid out by the plans alone: the 
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -131,6 +132,21 @@ def _moved(placement: Any, dim: int) -> Any:
     if hasattr(placement, "split_factor"):
         return type(placement)(dim, split_factor=placement.split_factor)
     return type(placement)(dim)
+
+
+_twins: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+
+
+def twin(group: Any) -> Any:
+    """A process group over the same ranks: what crosses it during backward meets no collective of anybody else's.
+
+    The first call is made by all its ranks. It stays: a group made after another was destroyed would get its name.
+    """
+    if group not in _twins:
+        ranks = dist.get_process_group_ranks(group)
+        backend = dist.get_backend_config(group)
+        _twins[group] = dist.new_group(ranks, backend=backend, use_local_synchronization=True, group_desc="adafactor")
+    return _twins[group]
 
 
 class Member(NamedTuple):

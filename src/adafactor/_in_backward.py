@@ -2,8 +2,8 @@
 
 A backward pass is one run of the autograd engine, which numbers its runs. What would make the gradient at hand a wrong
 one, or would look for gradients that are gone, is noticed by wrappers around torch's own functions
-(`_in_backward_guards.py`). Where gradients are reduced over processes, the hooks come too early or one by one:
-`_in_backward_ddp.py` hands over a bucket at a time.
+(`_in_backward_guards.py`). Gradients that are reduced over processes are stepped several at a time: those of a bucket
+(`_in_backward_ddp.py`), or of an FSDP group (`_in_backward_fsdp.py`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
+from adafactor import _in_backward_fsdp as fsdp
 from adafactor import _in_backward_guards as guards
+from adafactor._distributed import is_dtensor
 from adafactor._in_backward_ddp import Buckets, buckets_of
 
 
@@ -32,7 +34,8 @@ class Stepper(Protocol):
     """What the hooks ask of an optimizer, whose `step` calls `check`, steps what has a gradient left, and `finish`."""
 
     param_groups: list[dict[str, Any]]
-    _in_backward: InBackward | None
+
+    def _attach(self, handle: InBackward | None) -> None: ...
 
     def _update(self, chosen: Iterable[tuple[dict[str, Any], Iterable[Tensor]]]) -> None: ...
 
@@ -66,6 +69,8 @@ class InBackward:
         try:
             self.watch()
             guards.wrap_all()
+            fsdp.wrap_reduction()
+            optimizer._attach(self)
         except BaseException:
             self.remove()
             raise
@@ -75,6 +80,7 @@ class InBackward:
     def _begin(self) -> None:
         """An iteration: what happens until `optimizer.step()`."""
         self._stepped: set[int] = set()
+        self._together: set[int] = set()  # parameters whose gradients are on all their ranks or on none
         self._lrs: dict[int, Any] = {}  # that groups were stepped with
         self._waits = False  # every step is left to optimizer.step()
         self._scaled_before = guards.scaled_run()
@@ -119,8 +125,8 @@ class InBackward:
         if self._buckets is not None:
             self._buckets.leave(self)
         optimizer = self._optimizer()
-        if optimizer is not None and optimizer._in_backward is self:
-            optimizer._in_backward = None
+        if optimizer is not None:
+            optimizer._attach(None)
         if not guards.live:
             guards.put_back_all()
 
@@ -158,8 +164,17 @@ class InBackward:
             self._hooks.pop(key)[0].remove()
 
     def has_stepped(self, p: Tensor) -> bool:
-        """In this iteration."""
+        """In this iteration, or about to be: its turn has come."""
         return id(p) in self._stepped
+
+    def left(self, params: Iterable[Tensor]) -> list[Tensor]:
+        """Those for `optimizer.step()`, the same on every rank; none that are sharded after a pass that stepped all.
+
+        What FSDP reduces has gradients on all ranks or on none. Other sharded parameters are among those left, with a
+        gradient or without: whether the ranks agree is found out in the collective.
+        """
+        here = (p for p in params if id(p) not in self._stepped)
+        return [p for p in here if p.grad is not None or id(p) not in self._together]
 
     def check(self) -> None:
         """At the start of `optimizer.step()`.
@@ -230,16 +245,17 @@ class InBackward:
         Raises:
             ValueError: before anything is written, if this gradient is not what the plain step would see.
         """
-        if p.grad is None:
+        if p.grad is None or fsdp.takes(p):
             return
-        if self._buckets is not None and self._buckets.covers(p):
+        if is_dtensor(p):  # sharded, but not by FSDP: nothing tells that the other ranks are here too
+            self._stepped.difference_update(map(id, self.due((p,))))
+        elif self._buckets is not None and self._buckets.covers(p):
             self._buckets.note(p)
-            return
-        with self._lock:
+        else:
             self.step(self.due((p,)))
 
     def due(self, params: Sequence[Tensor]) -> list[Tensor]:
-        """Those of the parameters, all with their final gradient in this pass, that are to be stepped now.
+        """Those of the parameters, whose gradients are final in this pass, that are to be stepped now.
 
         Raises:
             ValueError: as `arrived`.
@@ -253,14 +269,17 @@ class InBackward:
             if run != self._run:
                 self._enter(run)  # some may have left the optimizer
             ours = [p for p in ours if id(p) in self._places]
-            for p in filter(self.has_stepped, ours):
+            fresh = [p for p in ours if p.grad is not None]
+            for p in filter(self.has_stepped, fresh):
                 raise ValueError(
                     f"parameter {optimizer._name_of(p)!r} got a second gradient in one backward pass, after it was "
-                    "stepped: a weight that is used inside and outside of a reentrant checkpoint; checkpoint with "
-                    "use_reentrant=False"
+                    "stepped: a weight that is used inside and outside of a reentrant checkpoint (checkpoint with "
+                    "use_reentrant=False), or an FSDP module that runs more than once in forward (shard the module "
+                    "around it, or use the plain optimizer.step())"
                 )
             if self._waits or self._passes < self._accumulation_steps:
                 return []
+            self._stepped.update(map(id, fresh))
             return ours
 
     def step(self, params: Sequence[Tensor]) -> None:
@@ -272,12 +291,18 @@ class InBackward:
             places: dict[int, list[Tensor]] = {}
             for p in params:
                 places.setdefault(self._places[id(p)], []).append(p)
-            optimizer._update((optimizer.param_groups[place], group) for place, group in places.items())
+            try:
+                optimizer._update((optimizer.param_groups[place], group) for place, group in places.items())
+            except BaseException:
+                self._stepped.difference_update(map(id, params))
+                raise
             for p in params:
                 p.grad = None
-                self._stepped.add(id(p))
             for place in places:
                 self._lrs.setdefault(place, _mark(optimizer.param_groups[place]["lr"]))
+
+    def note_reduced_together(self, params: Sequence[Tensor]) -> None:
+        self._together.update(map(id, params))
 
     def announced(self, module: torch.nn.Module) -> bool:
         """Whether gradients come from this module's buckets."""

@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,13 +21,7 @@ from torch.autograd import Variable
 from torch.autograd.graph import get_gradient_edge
 from torch.nn.parallel import DistributedDataParallel
 
-
-class Receiver(Protocol):
-    """What a handle does with reduced gradients."""
-
-    def due(self, params: Sequence[Tensor]) -> list[Tensor]: ...
-
-    def step(self, params: Sequence[Tensor]) -> None: ...
+from adafactor._in_backward_turns import Chosen, Receiver, Turns
 
 
 def buckets_of(module: DistributedDataParallel) -> Buckets:
@@ -102,7 +95,9 @@ class Buckets:
         if self._pass is None or self._pass.run != run:
             self._pass = _Pass(run, self._used)
         params, gradients = bucket.parameters(), bucket.gradients()
-        full = self._pass.take(work, self._receivers, [p for p in params if id(p) in self._used])
+        used = [p for p in params if id(p) in self._used]
+        full = _Bucket(work, self._pass.choose(self._receivers, used))
+        self._pass.take(full)
         due = full.due()
         result = self._result(bucket, len(due) == len(params))
         if result is not buffer:
@@ -183,7 +178,7 @@ class _Bucket:
     """A bucket that is being reduced, or has been."""
 
     work: dist.Work
-    chosen: list[tuple[Receiver, list[Tensor]]]
+    chosen: Chosen
     gradients: dict[int, Tensor] = field(default_factory=dict)
     shown: dict[int, Tensor] = field(default_factory=dict)  # to DDP, as `.grad`
     freed: torch.UntypedStorage | None = None  # after the step
@@ -203,40 +198,21 @@ class _Bucket:
             self.freed.resize_(0)
 
 
-class _Pass:
-    """One run of the engine in which buckets fill.
-
-    An error waits for the end: DDP does not recover from a pass that it did not finish, nor do the other processes.
-    """
+class _Pass(Turns):
+    """One run of the engine in which buckets fill."""
 
     def __init__(self, run: int, used: dict[int, int]) -> None:
-        self.run = run
+        super().__init__(run)
         self._used = used
         self._buckets: list[_Bucket] = []
-        self._error: Exception | None = None
-        Variable._execution_engine.queue_callback(self._before_ddp_writes)
 
-    def take(self, work: dist.Work, receivers: Sequence[Receiver], used: Sequence[Tensor]) -> _Bucket:
-        """Step the bucket before, and keep this one until it is reduced."""
-        self._step()
-        chosen = []
-        try:
-            if self._error is None:
-                chosen = [(receiver, receiver.due(used)) for receiver in receivers]
-        except Exception as error:
-            self._error = error
-        self._buckets.append(_Bucket(work, chosen))
-        return self._buckets[-1]
+    def take(self, item: _Bucket) -> None:
+        super().take(item)
+        self._buckets.append(item)
 
-    def _step(self) -> None:
-        try:
-            if self._buckets and self._error is None:
-                self._buckets[-1].step()
-        except Exception as error:
-            self._error = error
-
-    def _before_ddp_writes(self) -> None:
-        self._step()
+    def end(self) -> None:
+        """Before DDP writes to `.grad`."""
+        self.step()
         for each in self._buckets:
             for p in each.due():
                 p.grad = each.shown[id(p)]
@@ -248,8 +224,7 @@ class _Pass:
                 p.grad = None if each.stepped else each.gradients[id(p)].clone()
         self._buckets.clear()
         self._used.clear()
-        if self._error is not None:
-            raise self._error
+        self.check()
 
 
 def _first(future: torch.futures.Future[list[Tensor]]) -> Tensor:

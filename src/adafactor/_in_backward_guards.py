@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -22,6 +22,12 @@ class Handle(Protocol):
 
     def note_reentrant_checkpoint(self) -> None: ...
 
+    def note_reduced_together(self, params: Sequence[Tensor]) -> None: ...
+
+    def due(self, params: Sequence[Tensor]) -> list[Tensor]: ...
+
+    def step(self, params: Sequence[Tensor]) -> None: ...
+
 
 # Where a training loop is compiled as a whole, what the engine calls would be compiled too.
 uncompiled: Any = torch._disable_dynamo  # pyright: ignore[reportPrivateImportUsage]
@@ -37,30 +43,28 @@ def scaled_run() -> int:
 
 
 def wrap_all() -> None:
-    """Once, however many handles there are."""
-    if _wrapped:
-        return
     from torch.nn import utils
     from torch.nn.utils import clip_grad
     from torch.utils.checkpoint import CheckpointFunction
 
     for name in ("clip_grad_norm_", "clip_grad_value_", "clip_grads_with_norm_"):
-        _wrap(utils, name, _checked_clipping)
+        wrap(utils, name, _checked_clipping)
     # The last one is what clip_grad_norm_ calls, and so what sees those who imported that by name long ago.
     for name in ("clip_grad_norm_", "clip_grad_value_", "_clip_grads_with_norm_"):
-        _wrap(clip_grad, name, _checked_clipping)
-    _wrap(CheckpointFunction, "forward", _noted_checkpoint)
+        wrap(clip_grad, name, _checked_clipping)
+    wrap(CheckpointFunction, "forward", _noted_checkpoint)
     scalers: list[type] = [torch.amp.GradScaler]
     for scaler in scalers:
         scalers.extend(scaler.__subclasses__())
-        _wrap(scaler, "scale", _marked_scale)
-    _wrap(DistributedDataParallel, "forward", _refused_forward)
+        wrap(scaler, "scale", _marked_scale)
+    wrap(DistributedDataParallel, "forward", _refused_forward)
 
 
-def _wrap(owner: Any, name: str, wrapper: Callable[[Any], Any]) -> None:
-    if name not in vars(owner):
+def wrap(owner: Any, name: str, wrapper: Callable[[Any], Any]) -> None:
+    """Once, however many handles there are."""
+    original = vars(owner).get(name)
+    if original is None or any((owner, name) == each[:2] for each in _wrapped):
         return
-    original = vars(owner)[name]
     static = isinstance(original, staticmethod)
     function = original.__func__ if static else original
     wrapping: Any = functools.wraps(function)(wrapper(function))

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from adafactor import _state
 from adafactor._checks import refuse_flattened, refuse_shared, refuse_sparse, warn_of_lost_updates
-from adafactor._distributed import Member, Reduction, Sharding, is_dtensor, local
+from adafactor._distributed import Member, Reduction, Sharding, is_dtensor, local, twin
 from adafactor._hyper import DEFAULTS, Hyper, Lr, caller_level, check_lr, dtype_name, resolve
 from adafactor._in_backward import InBackward
 from adafactor._plan import TensorPlan, View, check_parameter, piece_of, resolve_factor, tensor_plan, view_of
@@ -194,7 +194,8 @@ class Adafactor(Optimizer):
         if handle is not None:
             handle.check()
         with torch.no_grad():
-            self._update((group, dict.fromkeys(group["params"])) for group in self.param_groups)
+            left = handle.left if handle is not None else list
+            self._update((group, left(dict.fromkeys(group["params"]))) for group in self.param_groups)
         for group in self._updated.values():
             self._show_lr(group, group["updates"] + 1)
         self._updated.clear()
@@ -317,8 +318,14 @@ class Adafactor(Optimizer):
                 "step_in_backward is on already for this optimizer; remove() its handle first, or assign the handle's "
                 "accumulation_steps"
             )
-        self._in_backward = InBackward(self, accumulation_steps, ddp)
-        return self._in_backward
+        return InBackward(self, accumulation_steps, ddp)
+
+    def _attach(self, handle: InBackward | None) -> None:
+        """Let a handle step parameters, or none. If some are sharded, process groups are made here, on all ranks."""
+        self._in_backward = handle
+        self._reductions.clear()
+        if handle is not None:
+            self._reduction([self._slots[p] for p in self._parameters() if p in self._split])
 
     def _get_lr(self, param_group: dict[str, Any], param_state: dict[str, Any]) -> Any:
         """The step size of a group before scaling, under the name that transformers' AdafactorSchedule calls."""
@@ -373,11 +380,7 @@ class Adafactor(Optimizer):
     def _update_split(self, params: list[Tensor]) -> None:
         """One update of parameters whose sums cross a mesh: sweep, reduce, apply. The same parameters on every rank."""
         slots = [self._slots[p] for p in params]
-        key = tuple(map(id, slots))
-        if key not in self._reductions:
-            members = [Member(slot.task.plan, slot.sharding) for slot in slots if slot.sharding]
-            self._reductions[key] = Reduction(members)
-        reduction = self._reductions[key]
+        reduction = self._reduction(slots)
         tasks = [slot.task if p.grad is not None else None for slot, p in zip(slots, params, strict=True)]
         batches: dict[str, tuple[Backend, list[Task]]] = {}
         for slot, task in zip(slots, tasks, strict=True):
@@ -397,6 +400,15 @@ class Adafactor(Optimizer):
             backend.apply(batch)
         written = [p for p in params if p.grad is not None and not p.is_inference()]
         torch.autograd.graph.increment_version(written)
+
+    def _reduction(self, slots: list[_Slot]) -> Reduction:
+        key = tuple(map(id, slots))
+        if key not in self._reductions:
+            if len(self._reductions) > len(self._slots):  # what is left over after backward may differ every time
+                self._reductions.clear()
+            members = [Member(slot.task.plan, slot.sharding) for slot in slots if slot.sharding]
+            self._reductions[key] = Reduction(members, twin) if self._in_backward else Reduction(members)
+        return self._reductions[key]
 
     def _show_lr(self, group: dict[str, Any], updates: int) -> None:
         group["updates"] = updates
