@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -21,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from _cases import assert_same_bits
 from adafactor import Adafactor, _in_backward_guards
-from adafactor.memory import peak_allocated
+from adafactor._in_backward_ddp import buckets_of
 from test_in_backward import Experts, everything
 
 
@@ -108,41 +110,155 @@ def ddp(
     assert_same_bits(*results)
 
 
-class Stack(nn.Module):
-    def __init__(self, count: int, width: int) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(width, width, bias=False) for _ in range(count))
-
-    def forward(self, x):
-        for layer in self.layers:
-            x = layer(x)
-        return x
+# DDP: what goes wrong, and what ends
 
 
-def ddp_memory(in_backward: bool, **options: Any) -> tuple[float, float]:
-    """At the peak of backward, and what stays after it: in gradients of the model."""
-    count, width = 16, 512
-    model = Stack(count, width)
-    parallel = DistributedDataParallel(model, bucket_cap_mb=1.0, **options)
-    optimizer = Adafactor(model.parameters(), lr=1e-3)
-    handle = optimizer.step_in_backward(ddp=parallel) if in_backward else None
-    x = torch.ones(4, width)
+def small(**options: Any) -> tuple[nn.Sequential, DistributedDataParallel]:
+    """Four layers, a bucket each."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(33, 33, bias=False) for _ in range(4)))
+    return model, DistributedDataParallel(model, bucket_cap_mb=0.003, **options)
 
-    def iteration():
-        parallel(x).sum().backward()
+
+def shares(seed: int) -> Any:
+    return torch.randn(4, 33, generator=torch.Generator().manual_seed(17 * seed + dist.get_rank()))
+
+
+def steps_of(run: Callable[..., Any], optimizer: Adafactor, seeds: Any) -> None:
+    for seed in seeds:
+        run(shares(seed)).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
 
-    before = 0
-    for _ in range(3):
-        iteration()
-    peak = peak_allocated(iteration)
-    from adafactor._in_backward_ddp import _known
 
-    stay = [b.untyped_storage().nbytes() >> 20 for b in _known[parallel]._buffers.values()] if in_backward else 0
-    if handle:
-        handle.remove()
-    return peak / (4 * count * width * width), stay
+def message_of(run: Callable[[], Any]) -> str:
+    try:
+        run()
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+def ddp_refusals() -> dict[str, str]:
+    model, _parallel = small()
+    hooked, taken = small()
+    taken.register_comm_hook(None, default_hooks.allreduce_hook)
+    optimizer, other = Adafactor(model.parameters(), lr=1e-2), Adafactor(hooked.parameters(), lr=1e-2)
+    messages = {
+        "not DDP": message_of(lambda: optimizer.step_in_backward(ddp=model)),
+        "another model": message_of(lambda: optimizer.step_in_backward(ddp=taken)),
+        "another hook": message_of(lambda: other.step_in_backward(ddp=taken)),
+        "not announced": message_of(lambda: optimizer.step_in_backward()),
+    }
+    assert optimizer._in_backward is None
+    assert not _in_backward_guards.live
+    return messages
+
+
+def ddp_errors() -> dict[str, Any]:
+    """Errors in the middle of a pass come at its end; DDP, the other ranks and the optimizer go on."""
+    model, parallel = small()
+    optimizer = Adafactor(model.parameters(), lr=1e-2)
+    messages = {}
+    with optimizer.step_in_backward(ddp=parallel):
+        steps_of(parallel, optimizer, range(3))
+        parallel(shares(3)).sum().backward()
+        before = [p.detach().clone() for p in model.parameters()]
+        messages["one pass too many"] = message_of(parallel(shares(4)).sum().backward)
+        messages["step after that"] = message_of(optimizer.step)
+        assert all(map(torch.equal, model.parameters(), before))
+        optimizer.zero_grad()
+        optimizer.step()
+        steps_of(parallel, optimizer, range(5, 7))
+        optimizer.param_groups[0]["lr"] = -1.0
+        messages["a step that raises"] = message_of(parallel(shares(4)).sum().backward)
+        assert all(p.grad is not None for p in model.parameters())
+        optimizer.param_groups[0]["lr"] = 1e-2
+        optimizer.step()
+        steps_of(parallel, optimizer, range(7, 9))
+        with parallel.no_sync():
+            parallel(shares(3)).sum().backward()
+        messages["nothing reduced"] = message_of(optimizer.step)
+        optimizer.zero_grad()
+        steps_of(parallel, optimizer, range(9, 10))
+    assert replicas_agree(model, None)
+    messages["steps"] = {int(state["step"]) for state in optimizer.state.values()}
+    return messages
+
+
+def ddp_comes_and_goes() -> None:
+    """After `remove()` the module is as it was; a later handle works, also of another optimizer."""
+    results = []
+    for in_backward in (False, True):
+        model, parallel = small()
+        halves = [Adafactor(model[:2].parameters(), lr=1e-2), Adafactor(model[2:].parameters(), lr=1e-2, beta1=0.9)]
+        handles = []
+        for round in range(4):
+            if in_backward:
+                handles = [each.step_in_backward(ddp=parallel) for each in halves[: round % 3]]
+            for seed in range(4):
+                parallel(shares(4 * round + seed)).square().mean().backward()
+                assert [p.grad is None for p in model.parameters()] == [2 * k // 4 < len(handles) for k in range(4)]
+                for each in halves:
+                    each.step()
+                    each.zero_grad()
+            for handle in handles:
+                handle.remove()
+        results.append(everything(model, *halves))
+    assert_same_bits(*results)
+
+
+class NoGradient(torch.autograd.Function):
+    """Uses a parameter, and has no gradient for it."""
+
+    @staticmethod
+    def forward(ctx, x, p):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        return gradients[0], None
+
+
+def ddp_without_a_gradient() -> None:
+    """DDP writes zeros to a bucket whose memory was freed, for a parameter that autograd has no gradient for."""
+    results = []
+    for in_backward in (False, True):
+        model, parallel = small()
+        optimizer = Adafactor(model.parameters(), lr=1e-2)
+        handle = optimizer.step_in_backward(ddp=parallel) if in_backward else None
+        plain = model[1].forward
+        freed = []
+        for seed in range(6):
+            model[1].forward = plain if seed < 3 else lambda x, model=model: NoGradient.apply(x, model[1].weight)
+            steps_of(parallel, optimizer, [seed])
+            if in_backward:
+                storages = [buffer.untyped_storage() for buffer in buckets_of(parallel)._buffers.values()]
+                freed.append([storage.nbytes() == 0 for storage in storages].count(True))
+        results.append(everything(model, optimizer))
+        if handle is not None:
+            handle.remove()
+            assert freed == [0, 0, 3, 2, 2, 2], freed  # all but one, once DDP has settled; and but the one with zeros
+            assert all(storage.nbytes() for storage in storages)
+    assert_same_bits(*results)
+
+
+def ddp_with_uneven_data() -> str:
+    """`join()`: processes without more data reduce zeros, and take the weights of the others at the end."""
+    results = []
+    for in_backward in (False, True):
+        model, parallel = small()
+        optimizer = Adafactor(model.parameters(), lr=1e-2)
+        handle = optimizer.step_in_backward(ddp=parallel) if in_backward else None
+        with parallel.join():
+            steps_of(parallel, optimizer, range(3 + 2 * dist.get_rank()))
+        results.append(everything(model, optimizer))
+        steps_of(parallel, optimizer, range(2))
+        if handle is not None:
+            with parallel.join(divide_by_initial_world_size=False):
+                message = message_of(partial(steps_of, parallel, optimizer, [0]))
+    assert_same_bits(*results)
+    return message
 
 
 # FSDP2
@@ -152,8 +268,8 @@ class Block(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width)
-        self.up = nn.Linear(width, 70)
-        self.down = nn.Linear(70, width)
+        self.up = nn.Linear(width, 72)
+        self.down = nn.Linear(72, width)
 
     def forward(self, x):
         return x + self.down(self.up(self.norm(x)).tanh())
@@ -178,10 +294,7 @@ class Blocks(nn.Module):
     def forward(self, tokens, expert=0):
         x = self.table(tokens)
         for block in self.blocks:
-            if self.checkpointed is None:
-                x = block(x)
-            else:
-                x = checkpoint(block, x, use_reentrant=self.checkpointed)
+            x = block(x) if self.checkpointed is None else checkpoint(block, x, use_reentrant=self.checkpointed)
         x = x + self.frozen(torch.tanh(self.experts[expert](x)))
         x = x + torch.einsum("bti,eij->btj", x, self.stack) / 10
         return self.head(self.norm(x))
@@ -266,3 +379,91 @@ def sharded(
     if kind == "two":
         assert_same_bits(ours, plain)
     return max(float((ours[name].double() - plain[name].double()).abs().max()) for name in plain if plain[name].numel())
+
+
+def fsdp_loss(model: nn.Module, seed: int) -> Any:
+    tokens = tokens_of(seed, "four")
+    return functional.cross_entropy(model(tokens).float().flatten(0, 1), tokens.roll(1, 1).flatten())
+
+
+def fsdp_errors() -> dict[str, Any]:
+    """A pass too many, and a module that runs twice: the error comes at the end of backward, and training goes on."""
+    post_backward = vars(FSDPParamGroup)["post_backward"]
+    model = fsdp("four", torch.float32)
+    optimizer = Adafactor(model.parameters(), lr=1e-2)
+    messages = {}
+    with optimizer.step_in_backward():
+        assert vars(FSDPParamGroup)["post_backward"] is not post_backward
+        fsdp_loss(model, 0).backward()
+        before = [p.to_local().clone() for p in model.parameters()]
+        messages["one pass too many"] = message_of(fsdp_loss(model, 1).backward)
+        messages["step after that"] = message_of(optimizer.step)
+        assert all(torch.equal(p.to_local(), old) for p, old in zip(model.parameters(), before, strict=True))
+        optimizer.zero_grad()
+        optimizer.step()
+        fsdp_loss(model, 2).backward()
+        optimizer.step()
+        first = model.blocks[0]
+        model.blocks[0] = nn.Sequential(first, first)
+        messages["twice"] = message_of(fsdp_loss(model, 3).backward)
+        model.blocks[0] = first
+        optimizer.zero_grad()
+        optimizer.step()
+        fsdp_loss(model, 4).backward()
+        optimizer.step()
+    assert vars(FSDPParamGroup)["post_backward"] is post_backward
+    messages["steps"] = int(optimizer.state[model.head.bias]["step"])
+    return messages
+
+
+def fsdp_optimizers() -> list[int]:
+    """Two optimizers share a group; the collectives of both, of one that steps in backward, and of none."""
+    results, counts = [], []
+    for handles in (2, 1, 0):
+        model = fsdp("two", torch.float32)
+        norms = [p for p in model.parameters() if p.dim() == 1]
+        rest = [p for p in model.parameters() if p.dim() > 1]
+        optimizers = [Adafactor(norms, lr=1e-2), Adafactor(rest, lr=1e-2, beta1=0.9)]
+        living = [optimizer.step_in_backward() for optimizer in optimizers[:handles]]
+        for seed in range(3):
+            loss = fsdp_loss(model, seed)
+            with CommDebugMode() as during:
+                loss.backward()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+        counts.append(during.get_comm_counts().get(torch.ops.c10d.allreduce_, 0))
+        results.append(local_of(everything(model, *optimizers)))
+        for handle in living:
+            handle.remove()
+    assert_same_bits(results[0], results[2])
+    assert_same_bits(results[1], results[2])
+    return counts
+
+
+def tensor_parallel() -> list[int]:
+    """Sharded, not by FSDP: those parameters wait for `step()`, where they cross together."""
+    results, counts = [], []
+    for in_backward in (False, True):
+        torch.manual_seed(0)
+        model = Block(36)
+        parallelize_module(model, mesh(4), {"up": ColwiseParallel(), "down": RowwiseParallel()})
+        optimizer = Adafactor(model.parameters(), lr=1e-2)
+        handle = optimizer.step_in_backward(2) if in_backward else None
+        for seed in range(6):
+            loss = model(torch.randn(4, 36, generator=torch.Generator().manual_seed(seed))).square().mean()
+            with CommDebugMode() as during:
+                loss.backward()
+            if seed % 2:
+                if in_backward:
+                    assert model.norm.weight.grad is None
+                with CommDebugMode() as closing:
+                    optimizer.step()
+                optimizer.zero_grad()
+        counts.append(during.get_total_counts())
+        counts.append(closing.get_total_counts())
+        results.append(local_of(everything(model, optimizer)))
+        if handle is not None:
+            handle.remove()
+    assert_same_bits(*results)
+    return counts

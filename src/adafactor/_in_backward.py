@@ -164,7 +164,7 @@ class InBackward:
             self._hooks.pop(key)[0].remove()
 
     def has_stepped(self, p: Tensor) -> bool:
-        """In this iteration, or about to be: its turn has come."""
+        """In this iteration."""
         return id(p) in self._stepped
 
     def left(self, params: Iterable[Tensor]) -> list[Tensor]:
@@ -200,15 +200,17 @@ class InBackward:
         if passes not in (0, expected):
             raise ValueError(
                 f"optimizer.step() after {passes} backward passes with accumulation_steps={expected} (a pass that "
-                "brings none of this optimizer's parameters a gradient does not count); for a shorter group of "
-                f"micro-batches, assign accumulation_steps = {passes} to what step_in_backward() returned"
+                "brings none of this optimizer's parameters a gradient does not count, nor does one that leaves them "
+                "unreduced, as under no_sync()); for a shorter group of micro-batches, assign accumulation_steps = "
+                f"{passes} to what step_in_backward() returned"
             )
         if self._counted and not passes:
             for p in filter(self.watches, left):
                 raise ValueError(
-                    f"parameter {optimizer._name_of(p)!r} has a gradient, but no backward pass has run since "
-                    "step_in_backward() or the last optimizer.step(); call step_in_backward() before backward, or "
-                    "zero_grad() to drop gradients that were there before or set by hand"
+                    f"parameter {optimizer._name_of(p)!r} has a gradient, but no backward pass (that reduces "
+                    "gradients, if there are several processes) has run since step_in_backward() or the last step(); "
+                    "call step_in_backward() before backward, or zero_grad() to drop gradients that were there before "
+                    "or set by hand"
                 )
         for index, lr in self._lrs.items():
             if _mark(optimizer.param_groups[index]["lr"]) != lr:
@@ -248,7 +250,7 @@ class InBackward:
         if p.grad is None or fsdp.takes(p):
             return
         if is_dtensor(p):  # sharded, but not by FSDP: nothing tells that the other ranks are here too
-            self._stepped.difference_update(map(id, self.due((p,))))
+            self.due((p,))
         elif self._buckets is not None and self._buckets.covers(p):
             self._buckets.note(p)
         else:
@@ -269,8 +271,7 @@ class InBackward:
             if run != self._run:
                 self._enter(run)  # some may have left the optimizer
             ours = [p for p in ours if id(p) in self._places]
-            fresh = [p for p in ours if p.grad is not None]
-            for p in filter(self.has_stepped, fresh):
+            for p in filter(self.has_stepped, (p for p in ours if p.grad is not None)):
                 raise ValueError(
                     f"parameter {optimizer._name_of(p)!r} got a second gradient in one backward pass, after it was "
                     "stepped: a weight that is used inside and outside of a reentrant checkpoint (checkpoint with "
@@ -279,7 +280,6 @@ class InBackward:
                 )
             if self._waits or self._passes < self._accumulation_steps:
                 return []
-            self._stepped.update(map(id, fresh))
             return ours
 
     def step(self, params: Sequence[Tensor]) -> None:
@@ -291,13 +291,11 @@ class InBackward:
             places: dict[int, list[Tensor]] = {}
             for p in params:
                 places.setdefault(self._places[id(p)], []).append(p)
-            try:
-                optimizer._update((optimizer.param_groups[place], group) for place, group in places.items())
-            except BaseException:
-                self._stepped.difference_update(map(id, params))
-                raise
+            optimizer._update((optimizer.param_groups[place], group) for place, group in places.items())
             for p in params:
-                p.grad = None
+                if p.grad is not None:
+                    p.grad = None
+                    self._stepped.add(id(p))
             for place in places:
                 self._lrs.setdefault(place, _mark(optimizer.param_groups[place]["lr"]))
 
