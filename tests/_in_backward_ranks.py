@@ -39,7 +39,7 @@ class Model(Experts):
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
-        self.image = nn.Conv2d(36, 33, 3, padding=1).to(memory_format=torch.channels_last)
+        self.image = nn.Conv2d(36, 33, 3, padding=1).to(memory_format=torch.channels_last)  # pyright: ignore
 
     def forward(self, tokens, experts, unused=False):
         logits = torch.stack([super(Model, self).forward(tokens, expert) for expert in experts]).sum(0)
@@ -61,7 +61,7 @@ def loss_of(model: nn.Module, seed: int, experts=(0, 1, 2), unused: bool = False
 
 def build(dtype: torch.dtype, **arguments: Any) -> Model:
     torch.manual_seed(0)
-    model = Model(**arguments).to(dtype)
+    model = Model(**arguments).to(dtype=dtype)
     model.unused.requires_grad_(False)
     return model
 
@@ -76,7 +76,7 @@ def replicas_agree(model: nn.Module, group: Any) -> bool:
 def ddp(
     dtype: torch.dtype = torch.float32,
     arguments: dict[str, Any] | None = None,
-    steps: int = 4,
+    steps: int = 3,
     accumulation: int = 1,
     no_sync: bool = False,
     experts: Callable[[int], Any] = lambda seed: (0, 1, 2),
@@ -113,7 +113,7 @@ def ddp(
 # DDP: what goes wrong, and what ends
 
 
-def small(**options: Any) -> tuple[nn.Sequential, DistributedDataParallel]:
+def small(**options: Any) -> tuple[Any, DistributedDataParallel]:
     """Four layers, a bucket each."""
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Linear(33, 33, bias=False) for _ in range(4)))
@@ -276,7 +276,7 @@ class Block(nn.Module):
 
 
 class Blocks(nn.Module):
-    """Blocks with a tied embedding; a branch of experts that a token may leave out."""
+    """Blocks, some of which may run twice; experts, one at a time; a tied embedding."""
 
     def __init__(self, checkpointed: bool | None = None, width: int = 36) -> None:
         super().__init__()
@@ -290,10 +290,11 @@ class Blocks(nn.Module):
         self.head = nn.Linear(width, 41)
         self.head.weight = self.table.weight
         self.checkpointed = checkpointed
+        self.repeated = 0
 
     def forward(self, tokens, expert=0):
         x = self.table(tokens)
-        for block in self.blocks:
+        for block in (*self.blocks, *self.blocks[: self.repeated]):
             x = block(x) if self.checkpointed is None else checkpoint(block, x, use_reentrant=self.checkpointed)
         x = x + self.frozen(torch.tanh(self.experts[expert](x)))
         x = x + torch.einsum("bti,eij->btj", x, self.stack) / 10
@@ -308,7 +309,7 @@ def mesh(*shape: int) -> Any:
     return init_device_mesh("cpu", shape, mesh_dim_names=("a", "b")[: len(shape)])
 
 
-def fsdp(kind: str, dtype: torch.dtype, checkpointed: bool | None = None, **options: Any) -> Blocks:
+def fsdp(kind: str, dtype: torch.dtype, checkpointed: bool | None = None, **options: Any) -> Any:
     torch.manual_seed(0)
     model = Blocks(checkpointed).to(dtype)
     if kind == "two":  # two pairs, which do the same
@@ -332,26 +333,39 @@ def tokens_of(seed: int, kind: str) -> Any:
     return torch.randint(41, (2, 8), generator=torch.Generator().manual_seed(17 * seed + share))
 
 
+def on_pairs(first: Callable[[], Any], second: Callable[[], Any]) -> Any:
+    """Two cases that need two ranks each, at once."""
+    mesh(2, 2)
+    return (first if dist.get_rank() < 2 else second)()
+
+
 def local_of(seen: dict[str, Any]) -> dict[str, Any]:
     return {name: value.to_local() if isinstance(value, DTensor) else value for name, value in seen.items()}
+
+
+def all_reduces(mode: Any) -> int:
+    return mode.get_comm_counts().get(torch.ops.c10d.allreduce_, 0)
 
 
 def sharded(
     kind: str = "two",
     dtype: torch.dtype = torch.float32,
     arguments: dict[str, Any] | None = None,
-    steps: int = 3,
+    steps: int = 2,
     accumulation: int = 1,
     sync: bool = True,
     expert: Callable[[int], int] = lambda seed: 0,
     checkpointed: bool | None = None,
+    repeated: int = 0,
     collectives: int | None = GROUPS - 1,
     **options: Any,
 ) -> float:
     """How far stepping in backward is from the plain sharded step; the collectives are counted."""
     results = []
     for in_backward in (False, True):
-        model = fsdp(kind, dtype, checkpointed, **options)
+        model: Any = fsdp(kind, dtype, checkpointed, **options)
+        model.repeated = repeated
+        count = CommDebugMode if collectives else contextlib.nullcontext  # which recomputation confuses
         optimizer = Adafactor(model.named_parameters(), **(arguments or {"lr": 1e-2, "beta1": 0.9}))
         handle = optimizer.step_in_backward(accumulation if sync else 1) if in_backward else None
         for step in range(steps):
@@ -362,13 +376,12 @@ def sharded(
                 tokens = tokens_of(seed, kind)
                 logits = model(tokens, expert(seed))
                 loss = functional.cross_entropy(logits.float().flatten(0, 1), tokens.roll(1, 1).flatten())
-                with CommDebugMode() as during:
+                with count() as during:
                     (loss / accumulation).backward()
-                counted = during.get_comm_counts().get(torch.ops.c10d.allreduce_, 0)
-            with CommDebugMode() as closing:
+            with count() as closing:
                 optimizer.step()
-            if in_backward and collectives is not None:
-                assert counted == collectives, counted
+            if in_backward and during and closing:
+                assert all_reduces(during) == collectives
                 assert closing.get_total_counts() == 0
             optimizer.zero_grad()
         results.append(everything(model, optimizer))
@@ -387,9 +400,9 @@ def fsdp_loss(model: nn.Module, seed: int) -> Any:
 
 
 def fsdp_errors() -> dict[str, Any]:
-    """A pass too many, and a module that runs twice: the error comes at the end of backward, and training goes on."""
+    """A pass too many: the error comes at the end of backward, and training goes on."""
     post_backward = vars(FSDPParamGroup)["post_backward"]
-    model = fsdp("four", torch.float32)
+    model: Any = fsdp("four", torch.float32)
     optimizer = Adafactor(model.parameters(), lr=1e-2)
     messages = {}
     with optimizer.step_in_backward():
@@ -403,13 +416,16 @@ def fsdp_errors() -> dict[str, Any]:
         optimizer.step()
         fsdp_loss(model, 2).backward()
         optimizer.step()
-        first = model.blocks[0]
-        model.blocks[0] = nn.Sequential(first, first)
-        messages["twice"] = message_of(fsdp_loss(model, 3).backward)
-        model.blocks[0] = first
+        fsdp_loss(model, 3).backward()
+        optimizer.step()
+        model.repeated = 1
+        model.set_requires_gradient_sync(False)
+        fsdp_loss(model, 4).backward()
+        model.set_requires_gradient_sync(True)
+        messages["twice"] = message_of(fsdp_loss(model, 5).backward)
         optimizer.zero_grad()
         optimizer.step()
-        fsdp_loss(model, 4).backward()
+        fsdp_loss(model, 6).backward()
         optimizer.step()
     assert vars(FSDPParamGroup)["post_backward"] is post_backward
     messages["steps"] = int(optimizer.state[model.head.bias]["step"])
@@ -432,7 +448,7 @@ def fsdp_optimizers() -> list[int]:
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
-        counts.append(during.get_comm_counts().get(torch.ops.c10d.allreduce_, 0))
+        counts.append(all_reduces(during))
         results.append(local_of(everything(model, *optimizers)))
         for handle in living:
             handle.remove()

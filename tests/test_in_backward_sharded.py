@@ -30,40 +30,46 @@ VIEWS = {"gradient_as_bucket_view": True}
 UNUSED: dict[str, Any] = {"experts": unlike, "find_unused_parameters": True}
 # On three processes: the bits of DDP and the plain step.
 DDP: dict[str, Case] = {
-    **{f"ddp/{mode}": partial(ranks.ddp, BF16, MODES[mode], steps=3) for mode in SOME_MODES},
-    "ddp/24 bits, views": partial(ranks.ddp, BF16, {"lr": 1e-2, "weight_bits": 24}, 3, **VIEWS),
-    "ddp/accumulation": partial(ranks.ddp, steps=3, accumulation=3),
-    "ddp/accumulation, views": partial(ranks.ddp, steps=3, accumulation=3, **VIEWS),
+    **{f"ddp/{mode}": partial(ranks.ddp, BF16, MODES[mode]) for mode in SOME_MODES},
+    "ddp/24 bits, views": partial(ranks.ddp, BF16, {"lr": 1e-2, "weight_bits": 24}, **VIEWS),
+    "ddp/accumulation": partial(ranks.ddp, accumulation=3),
+    "ddp/accumulation, views": partial(ranks.ddp, accumulation=3, **VIEWS),
     "ddp/no_sync": partial(ranks.ddp, steps=4, accumulation=2, no_sync=True),
-    "ddp/no_sync, views": partial(ranks.ddp, steps=3, accumulation=2, no_sync=True, **VIEWS),
-    "ddp/static graph, views": partial(ranks.ddp, steps=3, accumulation=2, static_graph=True, **VIEWS),
+    "ddp/no_sync, views": partial(ranks.ddp, accumulation=2, no_sync=True, **VIEWS),
+    "ddp/static graph, views": partial(ranks.ddp, accumulation=2, static_graph=True, **VIEWS),
     "ddp/checkpoints": partial(ranks.ddp, checkpointed=False),
-    "ddp/reentrant checkpoints": partial(ranks.ddp, steps=3, checkpointed=True, static_graph=True),
-    "ddp/unused": partial(ranks.ddp, **UNUSED),
+    "ddp/reentrant checkpoints": partial(ranks.ddp, checkpointed=True, static_graph=True),
+    "ddp/unused": partial(ranks.ddp, steps=4, **UNUSED),
     "ddp/unused, no_sync, views": partial(ranks.ddp, accumulation=3, no_sync=True, **UNUSED, **VIEWS),
     "ddp/output unused": partial(ranks.ddp, unused=True, find_unused_parameters=True),
-    "ddp/batched copies": partial(ranks.ddp, steps=3, accumulation=2, batched_grad_copy=True),
+    "ddp/batched copies": partial(ranks.ddp, accumulation=2, batched_grad_copy=True),
 }
-# On two processes the bits of the plain sharded step; on four, where sums have another order, as many digits.
+# On two processes: the bits of the plain sharded step.
 MIXED = MixedPrecisionPolicy(param_dtype=BF16, reduce_dtype=torch.float32)
+PAIRS: dict[str, Case] = {
+    "float32": partial(ranks.sharded),
+    **{f"bfloat16, {mode}": partial(ranks.sharded, "two", BF16, MODES[mode]) for mode in SOME_MODES},
+    "accumulation": partial(ranks.sharded, accumulation=3),
+    "without reduction": partial(ranks.sharded, accumulation=3, sync=False),
+    "experts": partial(ranks.sharded, expert=other, steps=3),
+    "experts, accumulation": partial(ranks.sharded, expert=other, accumulation=2, collectives=None),
+    "experts, without reduction": partial(ranks.sharded, expert=other, accumulation=2, sync=False, collectives=6),
+    "a block that runs twice": partial(ranks.sharded, repeated=1),
+    "checkpoints": partial(ranks.sharded, checkpointed=False, collectives=None),
+    "reentrant checkpoints": partial(ranks.sharded, checkpointed=True, collectives=None),
+    "mixed precision": partial(ranks.sharded, mp_policy=MIXED),
+    "offloaded": partial(ranks.sharded, offload_policy=CPUOffloadPolicy(pin_memory=False)),
+    "kept whole": partial(ranks.sharded, reshard_after_forward=False),
+}
+# On four, where a sum has more than one order: as many digits.
 FSDP: dict[str, Case] = {
-    "fsdp/float32": partial(ranks.sharded, "two"),
-    **{f"fsdp/bfloat16, {mode}": partial(ranks.sharded, "two", BF16, MODES[mode], 2) for mode in SOME_MODES},
     "fsdp/four": partial(ranks.sharded, "four", F64, steps=5),
     "fsdp/hybrid": partial(ranks.sharded, "hybrid", F64, collectives=2 * 5),  # FSDP's own all-reduces among them
     "fsdp/fsdp x tp": partial(ranks.sharded, "fsdp x tp", F64, collectives=None),
-    "fsdp/accumulation": partial(ranks.sharded, steps=2, accumulation=3),
-    "fsdp/without reduction": partial(ranks.sharded, steps=2, accumulation=3, sync=False),
-    "fsdp/experts": partial(ranks.sharded, expert=other),
-    "fsdp/experts, accumulation": partial(ranks.sharded, expert=other, accumulation=2, collectives=None),
-    "fsdp/experts, without reduction": partial(
-        ranks.sharded, steps=2, expert=other, accumulation=2, sync=False, collectives=6
-    ),
-    "fsdp/checkpoints": partial(ranks.sharded, checkpointed=False, collectives=None),
-    "fsdp/reentrant checkpoints": partial(ranks.sharded, steps=2, checkpointed=True, collectives=None),
-    "fsdp/mixed precision": partial(ranks.sharded, steps=2, mp_policy=MIXED),
-    "fsdp/offloaded": partial(ranks.sharded, steps=2, offload_policy=CPUOffloadPolicy(pin_memory=False)),
-    "fsdp/kept whole": partial(ranks.sharded, steps=2, reshard_after_forward=False),
+    **{
+        f"fsdp/{first} | {second}": partial(ranks.on_pairs, PAIRS[first], PAIRS[second])
+        for first, second in zip(list(PAIRS)[::2], list(PAIRS)[1::2], strict=True)
+    },
 }
 ALONE = [
     ranks.ddp_refusals,
@@ -90,3 +96,50 @@ def test_ddp_gives_the_bits_of_the_plain_step_on_every_replica(name, results):
 @pytest.mark.parametrize("name", FSDP)
 def test_fsdp_gives_the_bits_of_the_plain_step_with_one_collective_per_group(name, results):
     assert max(good(results[name])) < 1e-12
+
+
+def test_what_ddp_is_refused(results):
+    for found in good(results["ddp_refusals"]):
+        assert "got Sequential" in found["not DDP"]
+        assert "holds none of them" in found["another model"]
+        assert "a communication hook already" in found["another hook"]
+        assert "step_in_backward(ddp=model)" in found["not announced"]
+
+
+def test_errors_under_ddp_come_at_the_end_of_the_pass(results):
+    for found in good(results["ddp_errors"]):
+        assert "backward pass 2 since the last optimizer.step()" in found["one pass too many"]
+        assert "call optimizer.zero_grad()" in found["step after that"]
+        assert "lr must be a number >= 0.0" in found["a step that raises"]
+        assert "no backward pass (that reduces gradients" in found["nothing reduced"]
+        assert found["steps"] == {3 + 1 + 2 + 1 + 2 + 1}
+
+
+def test_ddp_is_as_before_after_remove_and_may_be_announced_again(results):
+    good(results["ddp_comes_and_goes"])
+
+
+def test_a_bucket_that_was_freed_is_there_again_when_ddp_writes_zeros_to_it(results):
+    good(results["ddp_without_a_gradient"])
+
+
+def test_ranks_that_run_out_of_data_under_ddp(results):
+    assert all("leave that argument out" in message for message in good(results["ddp_with_uneven_data"]))
+
+
+def test_errors_under_fsdp_come_at_the_end_of_the_pass(results):
+    for found in good(results["fsdp_errors"]):
+        assert "backward pass 2 since the last optimizer.step()" in found["one pass too many"]
+        assert "call optimizer.zero_grad()" in found["step after that"]
+        assert "leave out set_requires_gradient_sync(False)" in found["twice"]
+        assert found["steps"] == 4
+
+
+def test_optimizers_that_share_fsdp_groups_take_a_collective_each(results):
+    assert good(results["fsdp_optimizers"]) == [[2 * 5, 5, 0]] * 4
+
+
+def test_tensor_parallel_parameters_cross_together_in_step(results):
+    for plain, step, plain_too, step_too in good(results["tensor_parallel"]):
+        assert (plain, step) == (plain_too, step_too)
+        assert step == 1

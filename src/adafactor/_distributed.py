@@ -140,12 +140,26 @@ _twins: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 def twin(group: Any) -> Any:
     """A process group over the same ranks: what crosses it during backward meets no collective of anybody else's.
 
-    The first call is made by all its ranks. It stays: a group made after another was destroyed would get its name.
+    The first call is made by all its ranks, and only by them. `new_group` names what some ranks make by how many groups
+    each of them has; a name that begins with this group's is the same on all.
     """
     if group not in _twins:
+        from torch.distributed import distributed_c10d as c10d
+
         ranks = dist.get_process_group_ranks(group)
-        backend = dist.get_backend_config(group)
-        _twins[group] = dist.new_group(ranks, backend=backend, use_local_synchronization=True, group_desc="adafactor")
+        backend: Any = dist.get_backend(group)
+        name: Any = f"{group.group_name}/adafactor"
+        _twins[group], _ = c10d._new_process_group_helper(
+            len(ranks),
+            dist.get_rank(group),
+            ranks,
+            c10d.Backend(dist.get_backend_config(group)),
+            c10d._get_default_store(),
+            name,
+            timeout=c10d._get_default_timeout(backend),
+            group_desc="adafactor",
+        )
+        c10d._world.pg_group_ranks[_twins[group]] = {rank: place for place, rank in enumerate(ranks)}
     return _twins[group]
 
 

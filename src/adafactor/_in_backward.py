@@ -275,8 +275,8 @@ class InBackward:
                 raise ValueError(
                     f"parameter {optimizer._name_of(p)!r} got a second gradient in one backward pass, after it was "
                     "stepped: a weight that is used inside and outside of a reentrant checkpoint (checkpoint with "
-                    "use_reentrant=False), or an FSDP module that runs more than once in forward (shard the module "
-                    "around it, or use the plain optimizer.step())"
+                    "use_reentrant=False), or an FSDP module that runs twice in forward, after passes without "
+                    "reduction (leave out set_requires_gradient_sync(False))"
                 )
             if self._waits or self._passes < self._accumulation_steps:
                 return []
@@ -423,7 +423,9 @@ def _data_parallel_modules() -> list[torch.nn.Module]:
     """Those alive: their forward may have run already, and nothing at a parameter tells."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return []
-    return [each for each in gc.get_objects() if issubclass(type(each), DistributedDataParallel)]
+    objects = gc.get_objects()
+    kinds = {kind for kind in set(map(type, objects)) if issubclass(kind, DistributedDataParallel)}
+    return [each for each in objects if type(each) in kinds] if kinds else []
 
 
 def _shares(module: torch.nn.Module, params: Iterable[Tensor]) -> bool:

@@ -65,9 +65,6 @@ def _stepping(post_backward: Callable[..., Any]) -> Callable[..., Any]:
         if not handles:
             return post_backward(self, *args)
         _refuse_pinned(self)
-        run = torch._C._current_graph_task_id()
-        if _turns is not None and _turns.run == run and getattr(_turns.waiting, "owner", None) is self:
-            _turns.step()  # or new gradients would be added to those that wait
         _arrived = []
         try:
             result = post_backward(self, *args)
@@ -76,6 +73,7 @@ def _stepping(post_backward: Callable[..., Any]) -> Callable[..., Any]:
         for handle in handles:
             handle.note_reduced_together(params)
         if arrived:
+            run = torch._C._current_graph_task_id()
             if _turns is None or _turns.run != run:
                 _turns = Turns(run)
             # Those without a gradient too: who has one is compared between ranks.

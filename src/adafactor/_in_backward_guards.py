@@ -28,6 +28,8 @@ class Handle(Protocol):
 
     def step(self, params: Sequence[Tensor]) -> None: ...
 
+    def remove(self) -> None: ...
+
 
 # Where a training loop is compiled as a whole, what the engine calls would be compiled too.
 uncompiled: Any = torch._disable_dynamo  # pyright: ignore[reportPrivateImportUsage]

@@ -34,7 +34,7 @@ class Turns:
 
     def __init__(self, run: int) -> None:
         self.run = run
-        self.waiting: Item | None = None
+        self._waiting: Item | None = None
         self._error: Exception | None = None
         Variable._execution_engine.queue_callback(self.end)
 
@@ -50,10 +50,10 @@ class Turns:
     def take(self, item: Any) -> None:
         """Step what has waited, and let this wait."""
         self.step()
-        self.waiting = item
+        self._waiting = item
 
     def step(self) -> None:
-        item, self.waiting = self.waiting, None
+        item, self._waiting = self._waiting, None
         try:
             if item is not None and self._error is None:
                 item.step()
