@@ -387,6 +387,11 @@ def sharded(
                 assert all_reduces(during) == collectives
                 assert closing.get_total_counts() == 0
             optimizer.zero_grad()
+        rounds = [
+            each for reduction in optimizer._reductions.values() for each in (*reduction.before, *reduction.after)
+        ]
+        assert rounds
+        assert {each.group.group_name.endswith("/adafactor") for each in rounds} == {in_backward}
         results.append(everything(model, optimizer))
         if handle is not None:
             handle.remove()
