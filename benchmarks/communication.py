@@ -9,11 +9,9 @@ a small model's real step.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator
 
-from adafactor._hyper import dtype_of
-from adafactor._plan import Part, TensorPlan, piece_of, plan
+from adafactor.memory import report
 
 Shape = tuple[int, ...]
 RANKS = (8, 512, 6144)
@@ -84,35 +82,16 @@ MODELS: dict[str, Callable[[], dict[str, Shape]]] = {
 }
 
 
-def fsdp(shapes: Mapping[str, Shape] | Any, ranks: int, **arguments: Any) -> list[TensorPlan]:
-    """The plans of rank 0's pieces under `fully_shard`: the largest, for it splits axis 0 from there."""
-    return [piece_of(each, Part(_first(each.shape, ranks), each.offset, (0,))) for each in plan(shapes, **arguments)]
-
-
-def _first(shape: Shape, ranks: int) -> Shape:
-    return -(-shape[0] // ranks), *shape[1:]
-
-
-def reduced(plans: Iterable[TensorPlan]) -> int:
-    """Bytes of the one buffer that a step adds up over the ranks: its sums, and a count for each parameter."""
-    nbytes = 0
-    for each in plans:
-        specs = {spec.name: spec for spec in each.sums}
-        crossing = [specs[name] for crossing in each.crossings for name in crossing.sums]
-        nbytes += sum(spec.nbytes for spec in crossing) + dtype_of(crossing[0].dtype).itemsize
-    return nbytes
-
-
 def rows() -> Iterator[tuple[str, ...]]:
     """Model, parameters, the buffer, its share of FSDP2's own traffic, and rank 0's state at each number of ranks."""
     for name, build in MODELS.items():
         shapes = build()
         parameters = sum(map(math.prod, shapes.values()))
-        buffer = reduced(fsdp(shapes, RANKS[0]))
+        buffer = report(shapes, ranks=RANKS[0]).crossing
         # A ring all-reduce sends the buffer twice, whatever the number of ranks. FSDP2 gathers the bfloat16 weights
         # twice, for forward and backward, and scatters the gradients once: 6 bytes per parameter.
         share = 2 * buffer / (6 * parameters)
-        states = (sum(each.nbytes for each in fsdp(shapes, ranks)) for ranks in RANKS)
+        states = (report(shapes, ranks=ranks).rows[0].state for ranks in RANKS)
         yield name, f"{parameters:,}", size(buffer), f"{share:.2%}", *map(size, states)
 
 

@@ -47,7 +47,8 @@ def _rank(rank: int, world: int, cases: dict[str, Case], folder: str) -> None:
         try:
             results[name] = case()
         except Exception:
-            results[name] = Failed(traceback.format_exc()); print(rank, name, results[name].text[-900:], flush=True)
+            results[name] = Failed(traceback.format_exc())
+            print(rank, name, results[name].text[-900:], flush=True)
         torch.save(results, f"{folder}/rank{rank}.pt")
         failures = [None] * world
         dist.all_gather_object(failures, isinstance(results[name], Failed))

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from _ranks import good, run_on_ranks
 from adafactor import Adafactor
+from adafactor.memory import report
 
 ROOT = Path(__file__).parents[1]
 if not (ROOT / "benchmarks").exists():
@@ -69,8 +70,7 @@ def sent(arguments: dict[str, Any]) -> tuple[list[int], int]:
 def test_a_step_sends_and_keeps_what_the_plan_says(ranks: int):
     found = run_on_ranks(ranks, {mode: partial(sent, arguments) for mode, arguments in MODES.items()})
     for mode, arguments in MODES.items():
-        plans = communication.fsdp(SMALL, ranks, **arguments)
+        planned = report(SMALL, ranks=ranks, **arguments)
         for rank, (sizes, state) in enumerate(good(found[mode])):
-            assert sizes == [communication.reduced(plans)]
-            planned = sum(each.nbytes for each in plans)
-            assert state == planned if rank == 0 else state <= planned
+            assert sizes == [planned.crossing]
+            assert state == planned.rows[0].state if rank == 0 else state <= planned.rows[0].state

@@ -400,7 +400,7 @@ def test_in_backward_does_not_step_before_ddp_has_reduced(order, process_group):
     before = weights_of(model)
     optimizer = Adafactor(model.parameters(), lr=1e-2)
     unconcerned = Adafactor(other.parameters(), lr=1e-2)
-    message = "DistributedDataParallel.*after its all-reduce.*call optimizer.step"
+    message = r"DistributedDataParallel.*after its all-reduce.*step_in_backward\(ddp=model\)"
     if order == "handle first":
         handle = optimizer.step_in_backward()
         parallel = torch.nn.parallel.DistributedDataParallel(model)

@@ -13,7 +13,7 @@ from torch.optim import lr_scheduler
 from torch.utils.checkpoint import CheckpointFunction, checkpoint
 
 from _cases import MODES, assert_same_bits
-from adafactor import Adafactor, _in_backward
+from adafactor import Adafactor, _in_backward_guards
 from adafactor.memory import peak_allocated
 
 BACKENDS = ["reference", "cpu"]
@@ -23,7 +23,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 @pytest.fixture(autouse=True)
 def no_handle_outlives_its_test():
     yield
-    for handle in list(_in_backward._live):
+    for handle in list(_in_backward_guards.live):
         handle.remove()
 
 

@@ -28,7 +28,11 @@ LADDER = {
     "backends": {"_hyper", "_plan", "backends.cpu", "backends.reference"},  # the choice is made when it is asked for
     "backends.cpu": {"_hyper", "_plan", "backends"},
     "backends.reference": {"_plan", "_rounding", "_schedule", "backends"},
-    "_in_backward": set(),
+    "_in_backward_guards": set(),
+    "_in_backward_turns": set(),
+    "_in_backward_ddp": {"_in_backward_turns"},
+    "_in_backward_fsdp": {"_distributed", "_in_backward_guards", "_in_backward_turns"},
+    "_in_backward": {"_distributed", "_in_backward_ddp", "_in_backward_fsdp", "_in_backward_guards"},
     "_optimizer": {
         "_checks",
         "_distributed",

@@ -6,6 +6,7 @@ in one flat buffer per process group, which is laid out by the plans alone: the 
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -131,6 +132,35 @@ def _moved(placement: Any, dim: int) -> Any:
     if hasattr(placement, "split_factor"):
         return type(placement)(dim, split_factor=placement.split_factor)
     return type(placement)(dim)
+
+
+_twins: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+
+
+def twin(group: Any) -> Any:
+    """A process group over the same ranks: what crosses it during backward meets no collective of anybody else's.
+
+    The first call is made by all its ranks, and only by them. `new_group` names what some ranks make by how many groups
+    each of them has; a name that begins with this group's is the same on all.
+    """
+    if group not in _twins:
+        from torch.distributed import distributed_c10d as c10d
+
+        ranks = dist.get_process_group_ranks(group)
+        backend: Any = dist.get_backend(group)
+        name: Any = f"{group.group_name}/adafactor"
+        _twins[group], _ = c10d._new_process_group_helper(
+            len(ranks),
+            dist.get_rank(group),
+            ranks,
+            c10d.Backend(dist.get_backend_config(group)),
+            c10d._get_default_store(),
+            name,
+            timeout=c10d._get_default_timeout(backend),
+            group_desc="adafactor",
+        )
+        c10d._world.pg_group_ranks[_twins[group]] = {rank: place for place, rank in enumerate(ranks)}
+    return _twins[group]
 
 
 class Member(NamedTuple):

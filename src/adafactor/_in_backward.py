@@ -1,8 +1,9 @@
 """Stepping inside of backward: hooks that call the optimizer for each parameter as soon as its gradient is final.
 
 A backward pass is one run of the autograd engine, which numbers its runs. What would make the gradient at hand a wrong
-one (reentrant checkpointing, a GradScaler, DistributedDataParallel), or would look for gradients that are gone
-(clipping), is noticed through thin wrappers around torch's own functions, which stand while any handle lives.
+one, or would look for gradients that are gone, is noticed by wrappers around torch's own functions
+(`_in_backward_guards.py`). Gradients that are reduced over processes are stepped several at a time: those of a bucket
+(`_in_backward_ddp.py`), or of an FSDP group (`_in_backward_fsdp.py`).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import sys
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from types import FrameType
 from typing import Any, Protocol
 
@@ -23,14 +24,20 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
+from adafactor import _in_backward_fsdp as fsdp
+from adafactor import _in_backward_guards as guards
+from adafactor._distributed import is_dtensor
+from adafactor._in_backward_ddp import Buckets, buckets_of
+
 
 class Stepper(Protocol):
     """What the hooks ask of an optimizer, whose `step` calls `check`, steps what has a gradient left, and `finish`."""
 
     param_groups: list[dict[str, Any]]
-    _in_backward: InBackward | None
 
-    def _update_one(self, p: Tensor, group: dict[str, Any]) -> None: ...
+    def _attach(self, handle: InBackward | None) -> None: ...
+
+    def _update(self, chosen: Iterable[tuple[dict[str, Any], Iterable[Tensor]]]) -> None: ...
 
     def _name_of(self, p: Tensor) -> str: ...
 
@@ -41,7 +48,7 @@ class InBackward:
     It is the optimizer's and keeps neither it nor the model alive.
     """
 
-    def __init__(self, optimizer: Stepper, accumulation_steps: int) -> None:
+    def __init__(self, optimizer: Stepper, accumulation_steps: int, ddp: Any = None) -> None:
         self._optimizer = weakref.ref(optimizer)
         self._accumulation_steps = _checked_steps(accumulation_steps)
         self._lock = threading.RLock()  # the engine has a thread for each device
@@ -51,13 +58,19 @@ class InBackward:
         self._hook = functools.partial(_arrived, weakref.ref(self))
         self._finalizer: weakref.finalize | None = None
         self._warned: set[str] = set()
+        self._ddp = None if ddp is None else weakref.ref(_checked_ddp(ddp, optimizer))
+        self._buckets: Buckets | None = None
         self._begin()
         self._refuse_others(optimizer)
-        _live.append(self)
+        if ddp is not None:
+            self._buckets = buckets_of(ddp)
+            self._buckets.join(self)
+        guards.live.append(self)
         try:
             self.watch()
-            if len(_live) == 1:
-                _wrap_all()
+            guards.wrap_all()
+            fsdp.wrap_reduction()
+            optimizer._attach(self)
         except BaseException:
             self.remove()
             raise
@@ -67,9 +80,10 @@ class InBackward:
     def _begin(self) -> None:
         """An iteration: what happens until `optimizer.step()`."""
         self._stepped: set[int] = set()
+        self._together: set[int] = set()  # parameters whose gradients are on all their ranks or on none
         self._lrs: dict[int, Any] = {}  # that groups were stepped with
         self._waits = False  # every step is left to optimizer.step()
-        self._scaled_before = _scaled_run
+        self._scaled_before = guards.scaled_run()
         self._begin_count()
 
     def _begin_count(self) -> None:
@@ -101,18 +115,20 @@ class InBackward:
 
     def remove(self) -> None:
         """Undo it: no hooks, torch's functions as they were. Gradients gathered so far stay where they are."""
-        if self not in _live:
+        if self not in guards.live:
             return
-        _live.remove(self)
+        guards.live.remove(self)
         if self._finalizer is not None:
             self._finalizer.detach()
         for key in list(self._hooks):
             self._unhook(key)
+        if self._buckets is not None:
+            self._buckets.leave(self)
         optimizer = self._optimizer()
-        if optimizer is not None and optimizer._in_backward is self:
-            optimizer._in_backward = None
-        if not _live:
-            _put_back_all()
+        if optimizer is not None:
+            optimizer._attach(None)
+        if not guards.live:
+            guards.put_back_all()
 
     def __enter__(self) -> InBackward:
         return self
@@ -151,6 +167,15 @@ class InBackward:
         """In this iteration."""
         return id(p) in self._stepped
 
+    def left(self, params: Iterable[Tensor]) -> list[Tensor]:
+        """Those for `optimizer.step()`, the same on every rank; none that are sharded after a pass that stepped all.
+
+        What FSDP reduces has gradients on all ranks or on none. Other sharded parameters are among those left, with a
+        gradient or without: whether the ranks agree is found out in the collective.
+        """
+        here = (p for p in params if id(p) not in self._stepped)
+        return [p for p in here if p.grad is not None or id(p) not in self._together]
+
     def check(self) -> None:
         """At the start of `optimizer.step()`.
 
@@ -175,15 +200,17 @@ class InBackward:
         if passes not in (0, expected):
             raise ValueError(
                 f"optimizer.step() after {passes} backward passes with accumulation_steps={expected} (a pass that "
-                "brings none of this optimizer's parameters a gradient does not count); for a shorter group of "
-                f"micro-batches, assign accumulation_steps = {passes} to what step_in_backward() returned"
+                "brings none of this optimizer's parameters a gradient does not count, nor does one that leaves them "
+                "unreduced, as under no_sync()); for a shorter group of micro-batches, assign accumulation_steps = "
+                f"{passes} to what step_in_backward() returned"
             )
         if self._counted and not passes:
             for p in filter(self.watches, left):
                 raise ValueError(
-                    f"parameter {optimizer._name_of(p)!r} has a gradient, but no backward pass has run since "
-                    "step_in_backward() or the last optimizer.step(); call step_in_backward() before backward, or "
-                    "zero_grad() to drop gradients that were there before or set by hand"
+                    f"parameter {optimizer._name_of(p)!r} has a gradient, but no backward pass (that reduces "
+                    "gradients, if there are several processes) has run since step_in_backward() or the last step(); "
+                    "call step_in_backward() before backward, or zero_grad() to drop gradients that were there before "
+                    "or set by hand"
                 )
         for index, lr in self._lrs.items():
             if _mark(optimizer.param_groups[index]["lr"]) != lr:
@@ -220,30 +247,64 @@ class InBackward:
         Raises:
             ValueError: before anything is written, if this gradient is not what the plain step would see.
         """
+        if p.grad is None or fsdp.takes(p):
+            return
+        if is_dtensor(p):  # sharded, but not by FSDP: nothing tells that the other ranks are here too
+            self.due((p,))
+        elif self._buckets is not None and self._buckets.covers(p):
+            self._buckets.note(p)
+        else:
+            self.step(self.due((p,)))
+
+    def due(self, params: Sequence[Tensor]) -> list[Tensor]:
+        """Those of the parameters, whose gradients are final in this pass, that are to be stepped now.
+
+        Raises:
+            ValueError: as `arrived`.
+        """
         with self._lock:
             optimizer = self._optimizer()
-            if optimizer is None or p.grad is None:
-                return
+            ours = [p for p in params if id(p) in self._hooks]
+            if optimizer is None or not ours:
+                return []
             run = torch._C._current_graph_task_id()
             if run != self._run:
-                self._enter(run)
-            place = self._places.get(id(p))
-            if place is None:  # it has left the optimizer
-                return
-            if id(p) in self._stepped:
+                self._enter(run)  # some may have left the optimizer
+            ours = [p for p in ours if id(p) in self._places]
+            for p in filter(self.has_stepped, (p for p in ours if p.grad is not None)):
                 raise ValueError(
                     f"parameter {optimizer._name_of(p)!r} got a second gradient in one backward pass, after it was "
-                    "stepped: a weight that is used inside and outside of a reentrant checkpoint; checkpoint with "
-                    "use_reentrant=False"
+                    "stepped: a weight that is used inside and outside of a reentrant checkpoint (checkpoint with "
+                    "use_reentrant=False), or an FSDP module that runs twice in forward, after passes without "
+                    "reduction (leave out set_requires_gradient_sync(False))"
                 )
             if self._waits or self._passes < self._accumulation_steps:
-                return
-            group = optimizer.param_groups[place]
-            optimizer._update_one(p, group)
-            p.grad = None
-            self._stepped.add(id(p))
-            if place not in self._lrs:
-                self._lrs[place] = _mark(group["lr"])
+                return []
+            return ours
+
+    def step(self, params: Sequence[Tensor]) -> None:
+        """One update, in the middle of backward; the gradients are freed."""
+        optimizer = self._optimizer()
+        if optimizer is None or not params:
+            return
+        with self._lock, torch.no_grad():
+            places: dict[int, list[Tensor]] = {}
+            for p in params:
+                places.setdefault(self._places[id(p)], []).append(p)
+            optimizer._update((optimizer.param_groups[place], group) for place, group in places.items())
+            for p in params:
+                if p.grad is not None:
+                    p.grad = None
+                    self._stepped.add(id(p))
+            for place in places:
+                self._lrs.setdefault(place, _mark(optimizer.param_groups[place]["lr"]))
+
+    def note_reduced_together(self, params: Sequence[Tensor]) -> None:
+        self._together.update(map(id, params))
+
+    def announced(self, module: torch.nn.Module) -> bool:
+        """Whether gradients come from this module's buckets."""
+        return self._ddp is not None and self._ddp() is module
 
     def note_reentrant_checkpoint(self) -> None:
         self._waits = True
@@ -252,7 +313,8 @@ class InBackward:
         """The first hook in a run of the engine, or the first one after a run inside of it."""
         self._refused, refused_before = True, self._refused
         nested = _is_nested()
-        if run == _scaled_run or (nested and _scaled_run > max(self._pass, self._scaled_before)):
+        scaled = guards.scaled_run()
+        if run == scaled or (nested and scaled > max(self._pass, self._scaled_before)):
             raise ValueError(
                 "step_in_backward would apply gradients that a GradScaler has scaled. bfloat16 needs no scaler: leave "
                 "it out, or build it with GradScaler(enabled=False); with float16, use the plain optimizer.step()"
@@ -282,8 +344,8 @@ class InBackward:
         """
         params = [p for group in optimizer.param_groups for p in group["params"]]
         for last_try in (False, True):
-            rivals = [p for p in params if any(handle.watches(p) for handle in _live)]
-            modules = _data_parallel_modules()
+            rivals = [p for p in params if any(handle.watches(p) for handle in guards.live)]
+            modules = [module for module in _data_parallel_modules() if not self.announced(module)]
             wrapped = any(_shares(module, params) for module in modules)
             if not (rivals or wrapped):
                 return
@@ -291,7 +353,7 @@ class InBackward:
                 del modules
                 gc.collect()
         if wrapped:
-            raise ValueError(_DATA_PARALLEL)
+            raise ValueError(guards.DATA_PARALLEL)
         raise ValueError(
             f"parameter {optimizer._name_of(rivals[0])!r} is stepped in backward by another optimizer; remove() the "
             "handle of one of them"
@@ -303,11 +365,7 @@ class InBackward:
             warnings.warn(message, stacklevel=2)
 
 
-# Where a training loop is compiled as a whole, what the engine calls would be compiled too.
-_uncompiled: Any = torch._disable_dynamo  # pyright: ignore[reportPrivateImportUsage]
-
-
-@_uncompiled
+@guards.uncompiled
 def _arrived(reference: weakref.ref[InBackward], p: Tensor) -> None:
     """The hook, the same for every parameter; it does not keep the handle alive."""
     handle = reference()
@@ -319,6 +377,17 @@ def _checked_steps(value: Any) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"accumulation_steps must be an integer >= 1, got {value!r}")
     return value
+
+
+def _checked_ddp(module: Any, optimizer: Stepper) -> DistributedDataParallel:
+    if not isinstance(module, DistributedDataParallel):
+        raise ValueError(
+            "ddp must be the DistributedDataParallel module around this optimizer's parameters, got "
+            f"{type(module).__name__}; leave ddp out where the model is in none"
+        )
+    if not _shares(module, (p for group in optimizer.param_groups for p in group["params"])):
+        raise ValueError("ddp must be the module around this optimizer's parameters, and holds none of them")
+    return module
 
 
 def _mark(lr: Any) -> Any:
@@ -350,124 +419,13 @@ def _is_nested() -> bool:
     return False
 
 
-# torch's functions, wrapped while any handle lives
-
-_live: list[InBackward] = []
-_wrapped: list[tuple[Any, str, Any, Any]] = []  # owner, name, what stood there, what stands there
-_scaled_run = -1  # the last run of the engine that went through a GradScaler's multiplication
-
-
-def _wrap_all() -> None:
-    from torch.nn import utils
-    from torch.nn.utils import clip_grad
-    from torch.utils.checkpoint import CheckpointFunction
-
-    for name in ("clip_grad_norm_", "clip_grad_value_", "clip_grads_with_norm_"):
-        _wrap(utils, name, _checked_clipping)
-    # The last one is what clip_grad_norm_ calls, and so what sees those who imported that by name long ago.
-    for name in ("clip_grad_norm_", "clip_grad_value_", "_clip_grads_with_norm_"):
-        _wrap(clip_grad, name, _checked_clipping)
-    _wrap(CheckpointFunction, "forward", _noted_checkpoint)
-    scalers: list[type] = [torch.amp.GradScaler]
-    for scaler in scalers:
-        scalers.extend(scaler.__subclasses__())
-        _wrap(scaler, "scale", _marked_scale)
-    _wrap(DistributedDataParallel, "forward", _refused_forward)
-
-
-def _wrap(owner: Any, name: str, wrapper: Callable[[Any], Any]) -> None:
-    if name not in vars(owner):
-        return
-    original = vars(owner)[name]
-    static = isinstance(original, staticmethod)
-    function = original.__func__ if static else original
-    wrapping: Any = functools.wraps(function)(wrapper(function))
-    if static:
-        wrapping = staticmethod(wrapping)
-    setattr(owner, name, wrapping)
-    _wrapped.append((owner, name, original, wrapping))
-
-
-def _put_back_all() -> None:
-    while _wrapped:
-        owner, name, original, wrapping = _wrapped.pop()
-        if vars(owner).get(name) is wrapping:  # else somebody has wrapped ours, which passes everything through now
-            setattr(owner, name, original)
-
-
-def _checked_clipping(clip: Callable[..., Any]) -> Callable[..., Any]:
-    @_uncompiled
-    def checked(parameters: Any, *args: Any, **kwargs: Any) -> Any:
-        params = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-        gone = sum(any(handle.has_stepped(p) for handle in _live) for p in params)
-        if gone:
-            raise ValueError(
-                f"nothing left to clip: step_in_backward has applied and freed the gradients of {gone} of these "
-                f"{len(params)} parameters. Adafactor clips every update instead (clip_threshold=1.0, on by default): "
-                "leave gradient clipping out (max_grad_norm=0 in most trainers), or use the plain optimizer.step()"
-            )
-        return clip(params or parameters, *args, **kwargs)
-
-    return checked
-
-
-def _noted_checkpoint(forward: Callable[..., Any]) -> Callable[..., Any]:
-    def noted(ctx: Any, *args: Any, **kwargs: Any) -> Any:
-        if any(ctx.needs_input_grad):
-            for handle in _live:
-                handle.note_reentrant_checkpoint()
-        return forward(ctx, *args, **kwargs)
-
-    return noted
-
-
-def _marked_scale(scale: Callable[..., Any]) -> Callable[..., Any]:
-    @_uncompiled
-    def marked(self: torch.amp.GradScaler, outputs: Any) -> Any:
-        scaled = scale(self, outputs)
-        return _mark_scaled(scaled) if self.is_enabled() else scaled
-
-    return marked
-
-
-def _mark_scaled(scaled: Any) -> Any:
-    if isinstance(scaled, Tensor):
-        if scaled.requires_grad:
-            scaled.register_hook(_note_scaled)
-        return scaled
-    if isinstance(scaled, (list, tuple)):
-        for each in scaled:
-            _mark_scaled(each)
-        return scaled
-    return map(_mark_scaled, scaled)
-
-
-@_uncompiled
-def _note_scaled(gradient: Tensor) -> None:
-    global _scaled_run
-    _scaled_run = torch._C._current_graph_task_id()
-
-
-_DATA_PARALLEL = (
-    "step_in_backward cannot step the parameters of a DistributedDataParallel module yet: their gradients are final "
-    "only after its all-reduce, which comes after the hooks; call optimizer.step() after backward instead"
-)
-
-
-def _refused_forward(forward: Callable[..., Any]) -> Callable[..., Any]:
-    def refused(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if _live and torch.is_grad_enabled() and any(handle.watches(p) for p in self.parameters() for handle in _live):
-            raise ValueError(_DATA_PARALLEL)
-        return forward(self, *args, **kwargs)
-
-    return refused
-
-
 def _data_parallel_modules() -> list[torch.nn.Module]:
     """Those alive: their forward may have run already, and nothing at a parameter tells."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return []
-    return [each for each in gc.get_objects() if issubclass(type(each), DistributedDataParallel)]
+    objects = gc.get_objects()
+    kinds = {kind for kind in set(map(type, objects)) if issubclass(kind, DistributedDataParallel)}
+    return [each for each in objects if type(each) in kinds] if kinds else []
 
 
 def _shares(module: torch.nn.Module, params: Iterable[Tensor]) -> bool:

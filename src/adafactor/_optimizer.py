@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from adafactor import _state
 from adafactor._checks import refuse_flattened, refuse_replaced, refuse_shared, refuse_sparse, warn_of_lost_updates
-from adafactor._distributed import Member, Reduction, Sharding, is_dtensor, local
+from adafactor._distributed import Member, Reduction, Sharding, is_dtensor, local, twin
 from adafactor._hyper import DEFAULTS, Hyper, Lr, caller_level, check_lr, dtype_name, resolve
 from adafactor._in_backward import InBackward
 from adafactor._plan import TensorPlan, View, check_parameter, piece_of, resolve_factor, tensor_plan, view_of
@@ -194,7 +194,8 @@ class Adafactor(Optimizer):
         if handle is not None:
             handle.check()
         with torch.no_grad():
-            self._update((group, dict.fromkeys(group["params"])) for group in self.param_groups)
+            left = handle.left if handle is not None else list
+            self._update((group, left(dict.fromkeys(group["params"]))) for group in self.param_groups)
         for group in self._updated.values():
             self._show_lr(group, group["updates"] + 1)
         self._updated.clear()
@@ -278,7 +279,9 @@ class Adafactor(Optimizer):
             weights[slot.plan.name] = slot.sharding.like(p, piece) if slot.sharding else piece
         return weights
 
-    def step_in_backward(self, accumulation_steps: int = 1) -> InBackward:
+    def step_in_backward(
+        self, accumulation_steps: int = 1, ddp: torch.nn.parallel.DistributedDataParallel | None = None
+    ) -> InBackward:
         """Update each parameter during backward, as soon as its gradient is final, and free the gradient.
 
         The bits are those of the plain step. `step()` stays the call at the end of an iteration: it steps what waited
@@ -287,14 +290,18 @@ class Adafactor(Optimizer):
 
         Args:
             accumulation_steps: backward passes >= 1 that gather gradients before each `step()`; parameters are stepped
-                during the last one (default: 1)
+                during the last one. Where gradients are reduced over processes, passes without a reduction, as under
+                `no_sync()`, do not count (default: 1)
+            ddp: the DistributedDataParallel module that the parameters are in; its communication hook is taken
+                (default: None)
 
         Returns:
             A handle: `remove()`, or the end of a `with` block, undoes it; `accumulation_steps` may be assigned.
 
         Raises:
-            ValueError: if it is on already, or the model is in DistributedDataParallel. Later, in backward: if a pass
-                is one too many, or gradients are not what the plain step would see; the message says the fix.
+            ValueError: if it is on already, or the model is in DistributedDataParallel that is not `ddp`. Later, in
+                backward: if a pass is one too many, or gradients are not what the plain step would see; the message
+                says the fix.
 
         Example:
             >>> import torch, adafactor
@@ -312,8 +319,14 @@ class Adafactor(Optimizer):
                 "step_in_backward is on already for this optimizer; remove() its handle first, or assign the handle's "
                 "accumulation_steps"
             )
-        self._in_backward = InBackward(self, accumulation_steps)
-        return self._in_backward
+        return InBackward(self, accumulation_steps, ddp)
+
+    def _attach(self, handle: InBackward | None) -> None:
+        """Let a handle step parameters, or none. If some are sharded, process groups are made here, on all ranks."""
+        self._in_backward = handle
+        self._reductions.clear()
+        if handle is not None:
+            self._reduction([self._slots[p] for p in self._parameters() if p in self._split])
 
     def _get_lr(self, param_group: dict[str, Any], param_state: dict[str, Any]) -> Any:
         """The step size of a group before scaling, under the name that transformers' AdafactorSchedule calls."""
@@ -374,11 +387,7 @@ class Adafactor(Optimizer):
     def _update_split(self, params: list[Tensor]) -> None:
         """One update of parameters whose sums cross a mesh: sweep, reduce, apply. The same parameters on every rank."""
         slots = [self._slots[p] for p in params]
-        key = tuple(map(id, slots))
-        if key not in self._reductions:
-            members = [Member(slot.task.plan, slot.sharding) for slot in slots if slot.sharding]
-            self._reductions[key] = Reduction(members)
-        reduction = self._reductions[key]
+        reduction = self._reduction(slots)
         tasks = [slot.task if p.grad is not None else None for slot, p in zip(slots, params, strict=True)]
         batches: dict[str, tuple[Backend, list[Task]]] = {}
         for slot, task in zip(slots, tasks, strict=True):
@@ -399,10 +408,14 @@ class Adafactor(Optimizer):
         written = [p for p in params if p.grad is not None and not p.is_inference()]
         torch.autograd.graph.increment_version(written)
 
-    def _update_one(self, p: Tensor, group: dict[str, Any]) -> None:
-        """The update of one parameter, in the middle of backward."""
-        with torch.no_grad():
-            self._update(((group, (p,)),))
+    def _reduction(self, slots: list[_Slot]) -> Reduction:
+        key = tuple(map(id, slots))
+        if key not in self._reductions:
+            if len(self._reductions) > len(self._slots):  # what is left over after backward may differ every time
+                self._reductions.clear()
+            members = [Member(slot.task.plan, slot.sharding) for slot in slots if slot.sharding]
+            self._reductions[key] = Reduction(members, twin) if self._in_backward else Reduction(members)
+        return self._reductions[key]
 
     def _show_lr(self, group: dict[str, Any], updates: int) -> None:
         group["updates"] = updates

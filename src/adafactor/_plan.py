@@ -172,6 +172,14 @@ class TensorPlan:
         """Bytes of optimizer state, as allocated."""
         return sum(spec.nbytes for spec in self.state)
 
+    @property
+    def crossing_bytes(self) -> int:
+        """Bytes that this rank gives to a step's collectives, with the one number that says its gradient is here."""
+        sizes = {spec.name: spec.numel for spec in self.sums}
+        numbers = sum(sizes[name] * len(crossing.dims) for crossing in self.crossings for name in crossing.sums)
+        present = len({dim for crossing in self.crossings if crossing.stage != ROWS for dim in crossing.dims})
+        return (numbers + present) * self.compute_dtype.itemsize
+
     def describe_view(self) -> str:
         """`"32128 x 768"`, `"8 of 512 x 2048"` for a stack, `"full"`."""
         if self.view is None:
@@ -367,17 +375,20 @@ def check_parameter(name: str, dtype: torch.dtype | str) -> None:
         )
 
 
-def plan(model_or_shapes: Any, **kwargs: Any) -> list[TensorPlan]:
+def plan(model_or_shapes: Any, *, ranks: int = 1, **kwargs: Any) -> list[TensorPlan]:
     """How `Adafactor(params, **kwargs)` would treat each parameter, without allocating anything.
 
     Args:
         model_or_shapes: a module (on any device, "meta" included), an iterable of tensors or of (name, tensor) pairs,
             or a mapping from names to shapes or tensors. Bare shapes are float32. Frozen parameters have no state and
             are left out.
+        ranks: over how many ranks FSDP2 shards every parameter, along its first axis; the plans are then those of the
+            first rank's pieces, which are the largest (default: 1)
         **kwargs: the arguments of `Adafactor`.
 
     Returns:
-        One `TensorPlan` per parameter, in order; the sum of `.nbytes` is what the optimizer allocates.
+        One `TensorPlan` per parameter, in order; the sum of `.nbytes` is what the optimizer allocates, on each rank,
+        and that of `.crossing_bytes` what a step adds up across ranks.
 
     Example:
         >>> [matrix] = plan({"weight": (32128, 768)})
@@ -397,7 +408,21 @@ def plan(model_or_shapes: Any, **kwargs: Any) -> list[TensorPlan]:
         view_of(hyper.factor, index, name, shape, hyper.min_dim_size_to_factor)
         for index, (name, shape, _) in enumerate(params)
     )
-    return [tensor_plan(*param, hyper, view) for param, view in zip(params, views, strict=True)]
+    if ranks == 1:
+        return [tensor_plan(*param, hyper, view) for param, view in zip(params, views, strict=True)]
+    if not isinstance(ranks, int) or ranks < 1:
+        raise ValueError(f"ranks must be an integer >= 1, got {ranks!r}")
+    pieces = []
+    for (name, shape, dtype), view in zip(params, views, strict=True):
+        split = (0,) if shape else (None,)  # FSDP2 leaves no scalar to be split
+        part = Part(first_piece(shape, ranks), (0,) * len(shape), split)
+        pieces.append(piece_of(tensor_plan(name, shape, dtype, hyper, view, split), part))
+    return pieces
+
+
+def first_piece(shape: Shape, ranks: int) -> Shape:
+    """What the first of so many ranks holds of a parameter, split along its first axis as torch.chunk does."""
+    return (-(-shape[0] // ranks), *shape[1:]) if shape else shape
 
 
 def named_shapes(model_or_shapes: Any, *, frozen: bool = False) -> list[tuple[str, Shape, str]]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from adafactor._hyper import dtype_of
-from adafactor._plan import TensorPlan, named_shapes, plan
+from adafactor._plan import TensorPlan, first_piece, named_shapes, plan
 
 WORKSPACE = 4 << 20  # what a step may allocate besides its sums, whatever the size of the model
 
@@ -35,10 +35,15 @@ class Bytes:
 
 @dataclass(frozen=True)
 class Report:
-    """One `Bytes` per optimizer, the planned Adafactor first; prints as a table."""
+    """One `Bytes` per optimizer, the planned Adafactor first, on each of `ranks` devices; prints as a table.
+
+    `crossing` are the bytes that each rank gives to the collectives of an Adafactor step.
+    """
 
     parameters: int
     rows: tuple[Bytes, ...]
+    ranks: int = 1
+    crossing: int = 0
 
     def __str__(self) -> str:
         columns = ("weights", "gradients", "state", "temporaries", "total")
@@ -48,14 +53,17 @@ class Report:
             cells = "".join(_readable(getattr(row, name)).rjust(13) for name in columns)
             per_parameter = f"{row.total / max(self.parameters, 1):.2f} bytes/parameter"
             lines.append(f"{row.optimizer.ljust(width)}{cells}  {per_parameter}")
+        if self.ranks > 1:
+            lines.append(f"on each of {self.ranks:,} ranks; an Adafactor step all-reduces {_readable(self.crossing)}")
         return "\n".join(lines)
 
 
-def report(model_or_shapes: Any, **kwargs: Any) -> Report:
+def report(model_or_shapes: Any, *, ranks: int = 1, **kwargs: Any) -> Report:
     """What training needs, without activations, with `Adafactor(params, **kwargs)` and with the usual alternatives.
 
     Args:
         model_or_shapes: what `adafactor.plan` takes.
+        ranks: over how many ranks FSDP2 shards the model; bytes are those of the first (default: 1)
         **kwargs: the arguments of `Adafactor`.
 
     Returns:
@@ -70,10 +78,10 @@ def report(model_or_shapes: Any, **kwargs: Any) -> Report:
     """
     if not isinstance(model_or_shapes, torch.nn.Module):
         model_or_shapes = list(model_or_shapes.items() if isinstance(model_or_shapes, Mapping) else model_or_shapes)
-    plans = plan(model_or_shapes, **kwargs)
+    plans = plan(model_or_shapes, ranks=ranks, **kwargs)
     everything = named_shapes(model_or_shapes, frozen=True)
     parameters = sum(math.prod(shape) for _, shape, _ in everything)
-    weights = sum(math.prod(shape) * dtype_of(dtype).itemsize for _, shape, dtype in everything)
+    weights = sum(math.prod(first_piece(shape, ranks)) * dtype_of(dtype).itemsize for _, shape, dtype in everything)
     gradients = sum(_numel(tensor) * _itemsize(tensor) for tensor in plans)
     others = {
         "AdamW": sum(2 * _numel(tensor) * _itemsize(tensor) + 4 for tensor in plans),
@@ -85,6 +93,8 @@ def report(model_or_shapes: Any, **kwargs: Any) -> Report:
     return Report(
         parameters=parameters,
         rows=(ours, *(Bytes(name, weights, gradients, state, 0) for name, state in others.items())),
+        ranks=ranks,
+        crossing=sum(tensor.crossing_bytes for tensor in plans),
     )
 
 
