@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+from _cli import TINY, write_files
 from adafactor.cli import _results, _text, main
 from adafactor.cli._baselines import Lion, NesterovAdamW
 from adafactor.cli._contenders import CONTENDERS, GAP_NOISE, Contender
@@ -23,7 +24,6 @@ from adafactor.cli._errors import UserError
 from adafactor.cli._loop import Setup, Trainer
 from adafactor.cli._model import ByteTransformer, ModelConfig
 
-TINY = ["--width", "16", "--depth", "1", "--heads", "2", "--context", "16", "--batch-size", "4", "--threads", "1"]
 ALL = ",".join(CONTENDERS)
 
 
@@ -31,13 +31,6 @@ ALL = ",".join(CONTENDERS)
 def text(tmp_path: Path) -> Path:
     """A directory of 20 files that differ."""
     return write_files(tmp_path / "text", 20)
-
-
-def write_files(directory: Path, count: int) -> Path:
-    directory.mkdir()
-    for i in range(count):
-        (directory / f"{i}.txt").write_text("".join(f"line {j} of file {i}: {j * i % 97}\n" for j in range(60)))
-    return directory
 
 
 def compare(text: Path, out: Path, *options: str) -> list[str]:

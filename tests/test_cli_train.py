@@ -10,20 +10,16 @@ import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
+from _cli import TINY, assert_same_run, at_step, losses, weights, write_files
 from adafactor.cli import _pictures, main
 from adafactor.cli._contenders import CONTENDERS
 from adafactor.cli._errors import UserError
 from adafactor.cli._files import write_atomic
-from adafactor.cli._loop import Trainer
-
-TINY = ["--width", "16", "--depth", "1", "--heads", "2", "--context", "16", "--batch-size", "4", "--threads", "1"]
 
 
 @pytest.fixture(autouse=True)
@@ -35,11 +31,7 @@ def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def text(tmp_path: Path) -> Path:
     """A directory of 20 files that differ."""
-    directory = tmp_path / "text"
-    directory.mkdir()
-    for i in range(20):
-        (directory / f"{i}.txt").write_text("".join(f"line {j} of file {i}: {j * i % 97}\n" for j in range(60)))
-    return directory
+    return write_files(tmp_path / "text", 20)
 
 
 def train(text: Path, out: Path, *options: str, steps: int = 20) -> list[str]:
@@ -52,51 +44,6 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("adafactor: ")]
     assert len(lines) == 1, lines
     return lines[0]
-
-
-def weights(out: Path) -> dict[str, torch.Tensor]:
-    return torch.load(out / "checkpoint.pt", weights_only=True)["trainer"]["model"]
-
-
-def losses(out: Path) -> list[tuple[Any, ...]]:
-    rows = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
-    return [(row["step"], row["loss"], row["lr"], row.get("val_loss")) for row in rows]
-
-
-def assert_same_run(a: Path, b: Path) -> None:
-    """Identical weights, bit for bit, identical optimizer state, and the same lines of metrics but for the times."""
-    left, right = (torch.load(out / "checkpoint.pt", weights_only=True)["trainer"] for out in (a, b))
-    for key in ("model", "optimizer", "generator", "steps_done"):
-        assert_identical(left[key], right[key])
-    assert losses(a) == losses(b)
-
-
-def assert_identical(a: Any, b: Any) -> None:
-    if isinstance(a, torch.Tensor):
-        assert a.dtype == b.dtype
-        assert torch.equal(a, b)
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert_identical(a[key], b[key])
-    elif isinstance(a, list | tuple):
-        assert len(a) == len(b)
-        for x, y in zip(a, b, strict=True):
-            assert_identical(x, y)
-    else:
-        assert a == b
-
-
-def at_step(number: int, act: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Call ``act`` right after training step ``number``."""
-    step = Trainer.step
-
-    def and_then(self: Trainer) -> None:
-        step(self)
-        if self.steps_done == number:
-            act()
-
-    monkeypatch.setattr(Trainer, "step", and_then)
 
 
 @pytest.mark.parametrize("optimizer", list(CONTENDERS))

@@ -265,13 +265,6 @@ def test_tied_weights_step_once():
     assert [int(state["step"]) for state in optimizer.state.values()] == [1]
 
 
-def test_parameters_flattened_by_fsdp1_are_refused():
-    p = torch.nn.Parameter(torch.zeros(10_000))
-    setattr(p, "_fsdp_flattened", True)  # noqa: B010, as FSDP1 does
-    with pytest.raises(ValueError, match="FSDP1"):
-        Adafactor([p])
-
-
 def test_one_parameter_s_scale_does_not_leak_into_the_next():
     # fairseq multiplies lr by RMS(p) again and again: four equal parameters get 1e-3, 1e-4, 1e-5, 1e-6.
     params = [torch.nn.Parameter(torch.full((8, 8), 0.1)) for _ in range(4)]
@@ -442,7 +435,7 @@ def test_a_hook_that_never_fires_is_noticed():
     before = weights_of(model)
     for p in model.parameters():
         p.grad = torch.ones_like(p)  # as if by a backward that calls no hooks
-    with pytest.raises(ValueError, match="'param 0' has a gradient, but no backward pass has run"):
+    with pytest.raises(ValueError, match="'param 0' has a gradient, but no backward pass"):
         optimizer.step()
     assert same(before, model)
     optimizer.zero_grad()

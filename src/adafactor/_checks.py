@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import Parameter
 
 from adafactor._distributed import local
 from adafactor._hyper import Hyper, caller_level
@@ -37,6 +38,33 @@ def refuse_flattened(name: str, p: Tensor) -> None:
     if hasattr(p, "_fsdp_flattened") or getattr(p, "_is_flat_param", False):
         raise ValueError(
             f"parameter {name!r} was flattened by FSDP1, which hides the matrices that Adafactor factors; "
+            "use torch.distributed.fsdp.fully_shard (FSDP2)"
+        )
+    if hasattr(p, "ds_id"):  # on all that ZeRO stage 3 partitions, and on its flat tensors
+        raise ValueError(
+            f"parameter {name!r} was partitioned by DeepSpeed ZeRO, which hides the matrices that Adafactor factors; "
+            "use torch.distributed.fsdp.fully_shard (FSDP2)"
+        )
+
+
+def refuse_replaced(groups: Iterable[Mapping[str, Any]], known: Collection[Tensor]) -> None:
+    """`known` are the parameters as they were.
+
+    The flat tensors of ZeRO's stages 1 and 2 carry no mark, but they are no `Parameter`s and have shapes of their own;
+    the float32 copies that ZeRO's stage 0 puts in the parameters' place keep the shapes. A group of a single vector
+    keeps its shape in any stage: what is left then is the mark on the parameters that went.
+    """
+    now = {p for group in groups for p in group["params"]}
+    gone = [p for p in known if p not in now]
+    new = [p for p in now if p not in known]
+    if not gone or not new:
+        return
+    shapes = {p.shape for p in gone}
+    flat = all(p.ndim == 1 and not isinstance(p, Parameter) for p in new) and any(p.shape not in shapes for p in new)
+    if (flat and any(isinstance(p, Parameter) for p in gone)) or any(hasattr(p, "_hp_mapping") for p in gone):
+        raise ValueError(
+            f"the optimizer's parameters were replaced by flat tensors (one of shape {tuple(new[0].shape)}), as "
+            "DeepSpeed ZeRO does, which hides the matrices that Adafactor factors; "
             "use torch.distributed.fsdp.fully_shard (FSDP2)"
         )
 

@@ -27,8 +27,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(f"the command line needs {', '.join(missing)}: pip install 'adafactor[cli]'")
     import typer
 
+    from adafactor.cli import _ranks
+
     try:
         code = build()(args=arguments, standalone_mode=False, prog_name="adafactor")
+        _ranks.leave()
     except UserError as error:
         return _fail(str(error))
     except CheckFailed as error:
@@ -43,6 +46,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _fail(usage())
         if isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(str(error)):
             return _fail("out of memory: a smaller --width, --depth, --context or --batch-size, or --scale, needs less")
+        if _ranks.lost_another(error):
+            return _fail("another process is gone; `train --resume` continues from the last checkpoint", 1)
+        if not _ranks.first_to_fail():
+            return 1
         raise
     return code if isinstance(code, int) else 0
 
@@ -88,6 +95,8 @@ def _missing() -> list[str]:
 
 
 def _fail(message: str, code: int = 2) -> int:
-    if message:  # empty where the help was printed in place of a missing command
+    from adafactor.cli import _ranks
+
+    if message and _ranks.first_to_fail():  # empty where the help was printed in place of a missing command
         print("adafactor:", " ".join(message.split()), file=sys.stderr)
     return code

@@ -22,7 +22,7 @@ from adafactor.cli._bench_case import available
 from adafactor.cli._bench_memory_modes import Mode
 from adafactor.cli._bench_memory_trace import KEPT, Peaks, mark, peaks, watch_gradients
 from adafactor.cli._errors import CheckFailed, UserError
-from adafactor.cli._model import VOCABULARY, ByteTransformer, ModelConfig
+from adafactor.cli._model import VOCABULARY, ByteTransformer, Loss, ModelConfig
 from adafactor.cli._results import allocated
 from adafactor.cli._screen import size
 
@@ -44,17 +44,6 @@ class Subject:
     device: str
     backend: str
     compiler: str
-
-
-class _Loss(nn.Module):
-    """The model and its loss as one module, as DistributedDataParallel wants it."""
-
-    def __init__(self, model: ByteTransformer) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.model.loss(tokens)
 
 
 def check_room(subject: Subject) -> None:
@@ -117,7 +106,7 @@ def _set_up(mode: Mode, subject: Subject) -> Iterator[tuple[nn.Module, torch.opt
         model = ByteTransformer(subject.config, seed=0)
         if mode.vocabulary != VOCABULARY:
             model.embedding = nn.Embedding(mode.vocabulary, subject.config.width)
-        net = _Loss(model).to(subject.device)
+        net = Loss(model).to(subject.device)
         for p in net.parameters():
             p.data = p.data.to(mode.dtype)
             p.register_post_accumulate_grad_hook(_mark_gradient)

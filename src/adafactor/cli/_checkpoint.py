@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from adafactor.cli import _ranks
 from adafactor.cli._errors import UserError
 from adafactor.cli._files import write_atomic
 from adafactor.cli._loop import Setup, Trainer
@@ -28,7 +29,7 @@ class Run:
 
 
 def save(path: Path, run: Run, trainer: Trainer) -> None:
-    """Replace the checkpoint at ``path``.
+    """Replace the checkpoint at ``path``. Every process takes part, and none returns before it stands.
 
     Raises:
         UserError: the system refused; the previous checkpoint is unchanged.
@@ -39,9 +40,11 @@ def save(path: Path, run: Run, trainer: Trainer) -> None:
         "corpus": trainer.corpus.describe(),
         "trainer": trainer.state_dict(),
     }
-    buffer = io.BytesIO()  # torch.save to a path hides why a write failed
-    torch.save(content, buffer)
-    write_atomic(path, buffer.getbuffer())
+    if _ranks.first():
+        buffer = io.BytesIO()  # torch.save to a path hides why a write failed
+        torch.save(content, buffer)
+        write_atomic(path, buffer.getbuffer())
+    _ranks.wait()
 
 
 def load(path: Path) -> tuple[Run, dict[str, Any]]:
@@ -53,9 +56,11 @@ def load(path: Path) -> tuple[Run, dict[str, Any]]:
     if not path.exists():
         raise UserError(f"--resume: there is no checkpoint at {path}; start without --resume")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        written = io.BytesIO(path.read_bytes())  # torch.load raises OSError for some damaged files too
     except OSError as error:
         raise UserError(f"--resume: cannot read {path}: {error.strerror or error}") from error
+    try:
+        content = torch.load(written, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises a different type for every way a file can be damaged
         raise UserError(
             f"--resume: {path} is damaged or not a checkpoint ({type(error).__name__}); "

@@ -1,4 +1,7 @@
-"""Writing files so that a full disk or a killed process never costs what was there before."""
+"""Writing files so that a full disk or a killed process never costs what was there before.
+
+Of several processes that train together only the first writes.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from adafactor.cli import _ranks
 from adafactor.cli._errors import UserError
 
 
@@ -22,6 +26,8 @@ def write_atomic(path: Path, content: bytes | memoryview | str) -> None:
     Raises:
         UserError: the system refused (a full disk, a missing right); the previous file is unchanged.
     """
+    if not _ranks.first():
+        return
     data = content.encode() if isinstance(content, str) else content
     temporary = path.with_name(f".{path.name}.tmp")  # the same every time: what a kill leaves is used up
     try:
@@ -70,7 +76,7 @@ class JsonLines:
         )
         write_atomic(path, "".join(json.dumps(row) + "\n" for row in self.rows))
         try:
-            self._file = path.open("a", encoding="utf-8")
+            self._file = (path if _ranks.first() else Path(os.devnull)).open("a", encoding="utf-8")
         except OSError as error:
             raise write_error(path, error, "nothing was overwritten") from error
 
@@ -89,6 +95,8 @@ class JsonLines:
 
     def sync(self) -> None:
         """Wait until every line is on the disk."""
+        if not _ranks.first():
+            return
         try:
             os.fsync(self._file.fileno())
         except OSError as error:
@@ -120,6 +128,8 @@ def new_run_directory(path: Path, hint: str) -> None:
     Raises:
         UserError: it holds something, is not a directory, or cannot be made. ``hint`` says what to do instead.
     """
+    if not _ranks.first():
+        return
     try:
         path.mkdir(parents=True, exist_ok=True)
         leftovers = [p for p in path.iterdir() if not (p.name.startswith(".") and p.name.endswith(".tmp"))]

@@ -14,9 +14,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from adafactor._distributed import local
+from adafactor.cli import _ranks
 from adafactor.cli._contenders import Contender
 from adafactor.cli._errors import UserError
-from adafactor.cli._model import ByteTransformer, ModelConfig
+from adafactor.cli._model import ByteTransformer, Loss, ModelConfig
 from adafactor.cli._text import Corpus
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -43,6 +45,8 @@ class Setup:
     dtype: str = "float32"
     device: str = "auto"
     threads: int = 0
+    shard: str | None = None
+    ranks: int = 1
 
     def __post_init__(self) -> None:
         limits = (("steps", 1, 10**9), ("batch_size", 1, 10**6), ("seed", 0, 2**63 - 1), ("threads", 0, 512))
@@ -56,9 +60,13 @@ class Setup:
             _ = self.model
         except ValueError as error:
             raise UserError(f"--{error}") from error
+        if self.batch_size % self.ranks:
+            raise UserError(
+                f"--batch-size must be a multiple of the {self.ranks} processes, which share it, got {self.batch_size}"
+            )
         # Resolved once, so that what a checkpoint holds is what ran.
         object.__setattr__(self, "device", device)
-        object.__setattr__(self, "threads", self.threads or torch.get_num_threads())
+        object.__setattr__(self, "threads", self.threads or min(512, torch.get_num_threads() * self.ranks))
 
     @property
     def model(self) -> ModelConfig:
@@ -119,12 +127,15 @@ class Trainer:
     """
 
     def __init__(self, setup: Setup, contender: Contender, lr: float | None, corpus: Corpus) -> None:
-        torch.set_num_threads(setup.threads)
+        torch.set_num_threads(max(1, setup.threads // setup.ranks))
         self.setup, self.contender, self.lr, self.corpus = setup, contender, lr, corpus
+        if not _ranks.same(int(corpus.train.sha256[:12], 16)):
+            raise UserError("--data: the processes read different texts; give the same on every machine")
         self.device = torch.device(setup.device)
         self.model = self.fresh_model().to(self.device)
         for p in self.model.parameters():
             p.data = p.data.to(DTYPES[setup.dtype])
+        self.loss = _ranks.sharded(Loss(self.model), list(self.model.blocks), setup.shard)
         try:
             self.optimizer = contender.make(list(self.model.named_parameters()), lr)
         except ValueError as error:
@@ -150,7 +161,7 @@ class Trainer:
             for group in self.optimizer.param_groups:
                 group["lr"] = self.lr * self.setup.rate(step)
         loss = self.backward(self.corpus.batch(self.setup.batch_size, self.setup.context, self.generator))
-        value = self._finite(loss.item(), step)
+        value = self._finite(_ranks.mean(loss.item()), step)
         before_update = time.perf_counter()
         self.optimizer.step()
         if self.device.type == "cuda":
@@ -161,23 +172,24 @@ class Trainer:
         self._window.append((value, now - started, now - before_update))
 
     def backward(self, tokens: Tensor) -> Tensor:
-        """Fresh gradients for one batch, clipped to a global norm of 1; returns the loss."""
+        """Fresh gradients for one batch, clipped to a global norm of 1; returns the loss of this process's share."""
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self.model.loss(tokens.to(self.device))
+        loss = self.loss(_ranks.rows(tokens).to(self.device))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP_NORM)
         return loss.detach()
 
     @torch.no_grad()
     def evaluate(self) -> float:
-        """Nats per byte over the validation windows, the same ones every time.
+        """Nats per byte over the validation windows, the same ones every time and on every process.
 
         Raises:
             Diverged: the loss is not finite.
         """
         windows = self.corpus.validation_windows(VALIDATION_WINDOWS, self.setup.context)
-        total = sum(self.model.loss(part.to(self.device)).item() * len(part) for part in windows.split(16))
-        return self._finite(total / len(windows), self.steps_done)
+        total = sum(self.loss(part.to(self.device)).item() * len(part) for part in windows.split(16))
+        _ranks.reshard(self.loss)
+        return self._finite(_ranks.mean(total / len(windows)), self.steps_done)
 
     def _finite(self, loss: float, step: int) -> float:
         if not math.isfinite(loss):
@@ -190,7 +202,7 @@ class Trainer:
         Raises:
             Diverged: some are not.
         """
-        if not all(p.isfinite().all() for p in self.model.parameters()):
+        if _ranks.largest(not all(local(p).isfinite().all() for p in self.model.parameters())):
             raise Diverged(self.steps_done, math.nan)
 
     def metrics(self) -> dict[str, float]:
@@ -208,10 +220,12 @@ class Trainer:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain values only."""
+        """Tensors and plain values only, as one process has them; of sharded tensors only the first process has any."""
+        optimizer = self.optimizer.state_dict()
+        state = {i: {name: _ranks.whole(v) for name, v in s.items()} for i, s in optimizer["state"].items()}
         return {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "model": {name: _ranks.whole(p) for name, p in self.model.state_dict().items()},
+            "optimizer": optimizer | {"state": state},
             "generator": self.generator.get_state(),
             "steps_done": self.steps_done,
             "seconds": self.seconds,
@@ -219,9 +233,16 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a ``state_dict`` of a trainer with the same setup and optimizer."""
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        """Continue from a ``state_dict`` of a trainer with the same setup and optimizer, however it was sharded."""
+        own = self.model.state_dict()
+        self.model.load_state_dict({k: _ranks.placed_like(own.get(k), v) for k, v in state["model"].items()})
+        parameters = dict(enumerate(p for group in self.optimizer.param_groups for p in group["params"]))
+        optimizer = state["optimizer"]
+        placed = {
+            i: {name: _ranks.placed_like(parameters.get(i), v) for name, v in s.items()}
+            for i, s in optimizer["state"].items()
+        }
+        self.optimizer.load_state_dict(optimizer | {"state": placed})
         self.generator.set_state(state["generator"])
         self.steps_done, self.seconds = state["steps_done"], state["seconds"]
         self._window = [tuple(entry) for entry in state["window"]]
@@ -235,6 +256,10 @@ class StopSignal:
     def __enter__(self) -> StopSignal:
         self._previous = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
+
+    def agreed(self) -> int | None:
+        """The signal that has arrived at any of the processes, which all ask at the same place."""
+        return int(_ranks.largest(self.received or 0)) or None
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = number
@@ -291,10 +316,11 @@ def train(
                 line["val_loss"] = trainer.evaluate()
             metrics.append(line)
             on_line(line)
-        if last or stop.received or (save_every and step % save_every == 0):
+        received = stop.agreed()
+        if last or received or (save_every and step % save_every == 0):
             trainer.check_weights()
             metrics.sync()
             save()
-        if stop.received and not last:
+        if received and not last:
             return False
     return True

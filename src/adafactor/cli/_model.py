@@ -137,3 +137,14 @@ class ByteTransformer(nn.Module):
         """Mean nats per byte over windows ``[B, T + 1]``, in float32 whatever the weights' dtype."""
         logits = self(tokens[:, :-1])
         return F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
+
+
+class Loss(nn.Module):
+    """A model and its loss as one module, as DistributedDataParallel wants it."""
+
+    def __init__(self, model: ByteTransformer) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.model.loss(tokens)

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from adafactor.cli._ranks import KINDS
+
 _TRAINING, _MODEL, _OUTPUT = "Training", "Model", "Output"
 
 Data = Annotated[
@@ -22,7 +24,18 @@ BatchSize = Annotated[int, typer.Option(help="Windows of text per step.", rich_h
 Seed = Annotated[int, typer.Option(help="Decides the initial weights and the batches.", rich_help_panel=_TRAINING)]
 Dtype = Annotated[str, typer.Option(help="Weights: float32 or bfloat16.", rich_help_panel=_TRAINING)]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.", rich_help_panel=_TRAINING)]
-Threads = Annotated[int, typer.Option(help="CPU threads.", show_default="torch's choice", rich_help_panel=_TRAINING)]
+Threads = Annotated[
+    int,
+    typer.Option(
+        help="CPU threads, of all processes together.", show_default="torch's choice", rich_help_panel=_TRAINING
+    ),
+]
+Shard = Annotated[
+    str | None,
+    typer.Option(
+        help=f"Under torchrun, how its processes share the model: {', '.join(KINDS)}.", rich_help_panel=_TRAINING
+    ),
+]
 
 Width = Annotated[int, typer.Option(help="Features per position.", rich_help_panel=_MODEL)]
 Depth = Annotated[int, typer.Option(help="Blocks.", rich_help_panel=_MODEL)]

@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from adafactor.cli import _html, _pictures
+from adafactor.cli import _html, _pictures, _ranks
 from adafactor.cli._files import write_atomic, write_json
 from adafactor.cli._screen import table
 
@@ -49,13 +49,15 @@ def publish(directory: Path, results: dict[str, Any], rows: dict[str, _pictures.
 
 def show(directory: Path, results: dict[str, Any], rows: dict[str, _pictures.Rows], as_json: bool) -> None:
     """Publish, and print the table; with ``as_json`` on stderr, and the results on stdout."""
-    report, *_ = publish(directory, results, rows)
-    console = Console(stderr=as_json, highlight=False)
-    console.print()
-    console.print(table(results["optimizers"]))
-    console.print(f"\n{results['headline']}\n\nReport: {report}", soft_wrap=True)
-    if as_json:
-        sys.stdout.write(json.dumps(results, indent=2, allow_nan=False) + "\n")
+    if _ranks.first():
+        report, *_ = publish(directory, results, rows)
+        console = Console(stderr=as_json, highlight=False)
+        console.print()
+        console.print(table(results["optimizers"]))
+        console.print(f"\n{results['headline']}\n\nReport: {report}", soft_wrap=True)
+        if as_json:
+            sys.stdout.write(json.dumps(results, indent=2, allow_nan=False) + "\n")
+    _ranks.wait()
 
 
 def render(results: dict[str, Any], pictures: dict[str, bytes]) -> str:

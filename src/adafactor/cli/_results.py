@@ -6,7 +6,6 @@ import datetime
 import math
 import os
 import platform
-import shlex
 import statistics
 import sys
 import time
@@ -20,6 +19,8 @@ from torch import Tensor
 
 import adafactor
 from adafactor import memory
+from adafactor._distributed import local
+from adafactor.cli import _ranks
 from adafactor.cli._contenders import CONTENDERS, GAP_NOISE
 from adafactor.cli._loop import CLIP_NORM, VALIDATION_WINDOWS, WARMUP_SHARE, Diverged, Setup, Trainer
 from adafactor.cli._text import Corpus
@@ -28,8 +29,8 @@ Result = dict[str, Any]
 
 
 def allocated(tensors: Iterable[Tensor | None]) -> int:
-    """Bytes of the distinct storages behind ``tensors``."""
-    storages = (t.untyped_storage() for t in tensors if t is not None)
+    """Bytes of the distinct storages behind ``tensors``, of this process's part of them."""
+    storages = (local(t).untyped_storage() for t in tensors if t is not None)
     return sum({(s.device, s.data_ptr()): s.nbytes() for s in storages if s.nbytes()}.values())
 
 
@@ -62,6 +63,8 @@ def summarize(trainer: Trainer, rows: list[dict[str, Any]], diverged_at: int | N
     setup, contender = trainer.setup, trainer.contender
     parameters = sum(p.numel() for p in trainer.model.parameters())
     bytes_by_component = memory_of_step(trainer)
+    state = (v for s in trainer.optimizer.state.values() for v in s.values() if isinstance(v, Tensor))
+    state_bytes = sum(v.numel() * v.element_size() for v in state)  # of the whole model, however it is sharded
     finished = diverged_at is None
     return {
         "name": contender.name,
@@ -74,8 +77,8 @@ def summarize(trainer: Trainer, rows: list[dict[str, Any]], diverged_at: int | N
         "val_loss": rows[-1]["val_loss"] if finished else None,
         "train_loss": rows[-1]["loss"] if finished else None,
         "parameters": parameters,
-        "state_bytes": bytes_by_component["state"],
-        "state_bytes_per_parameter": bytes_by_component["state"] / parameters,
+        "state_bytes": state_bytes,
+        "state_bytes_per_parameter": state_bytes / parameters,
         "memory": bytes_by_component,
         "train_seconds": trainer.seconds,
         **timing(setup, _median(rows, "step_ms"), _median(rows, "optimizer_ms")),
@@ -107,7 +110,7 @@ def time_side_by_side(trainers: list[Trainer], results: list[Result]) -> bool:
     until = time.monotonic() + 15
     try:
         for turn in range(25):
-            if turn >= 5 and time.monotonic() > until:
+            if turn >= 5 and _ranks.largest(time.monotonic() > until):
                 break
             for trainer in trainers:
                 trainer.step()
@@ -151,7 +154,7 @@ def collect(
         },
         "data": corpus.describe(),
         "machine": machine(setup.device),
-        "command": shlex.join(["adafactor", *sys.argv[1:]]),
+        "command": _ranks.command(sys.argv[1:]),
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
 
@@ -227,6 +230,11 @@ def notes(results: list[Result], setup: Setup, missing: list[str]) -> list[str]:
         for r in results
         if r["diverged_at"] is not None
     ]
+    if setup.shard:
+        said.append(
+            f"{setup.ranks} processes trained together (--shard {setup.shard}): the peak and the parts of memory are "
+            "those of one of them, the optimizer's state is the whole model's."
+        )
     if len(by_name) > 1:
         said.append(
             f"One seed ({setup.seed}). In the sweep behind the defaults, the gap between two optimizers moved by up "

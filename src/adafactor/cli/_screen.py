@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
+from adafactor.cli import _ranks
+
 
 def duration(seconds: float) -> str:
     """``95`` -> ``1 min 35 s``."""
@@ -35,7 +37,7 @@ class Screen:
     """
 
     def __init__(self, trainings: int, steps: int) -> None:
-        self.console = Console(stderr=True, highlight=False)
+        self.console = Console(stderr=True, highlight=False, quiet=not _ranks.first())
         self._trainings, self._steps = trainings, steps
         self._finished = 0
         self._val_loss: float | None = None

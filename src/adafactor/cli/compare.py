@@ -9,11 +9,11 @@ from typing import Annotated, Any
 import typer
 
 from adafactor.cli import _options as options
-from adafactor.cli import _results, _text
+from adafactor.cli import _ranks, _results, _text
 from adafactor.cli._contenders import CONTENDERS, Contender, checked_lr, find
 from adafactor.cli._errors import Interrupted, UserError
 from adafactor.cli._files import JsonLines, new_run_directory, write_json
-from adafactor.cli._loop import Diverged, Setup, StopSignal, Trainer, train
+from adafactor.cli._loop import Diverged, Setup, StopSignal, Trainer, resolved_device, train
 from adafactor.cli._report import show
 from adafactor.cli._screen import Screen, duration
 
@@ -33,6 +33,7 @@ def compare(
     dtype: options.Dtype = Setup.dtype,
     device: options.Device = Setup.device,
     threads: options.Threads = Setup.threads,
+    shard: options.Shard = None,
     width: options.Width = Setup.width,
     depth: options.Depth = Setup.depth,
     heads: options.Heads = Setup.heads,
@@ -56,11 +57,13 @@ def compare(
       adafactor compare --data my_project/ --steps 2000 --width 192
       adafactor compare --optimizers adafactor,adamw --lr adamw=1e-3
     """
-    setup = Setup(steps, batch_size, seed, width, depth, heads, context, dtype, device, threads)
+    ranks = _ranks.count(shard, resolved_device(device))
+    setup = Setup(steps, batch_size, seed, width, depth, heads, context, dtype, device, threads, shard, ranks)
     chosen = _parse_optimizers(optimizers)
     rates = _parse_rates(lr or [], chosen)
     corpus = _text.load(data, context)
     directory = out or Path("runs", f"compare-{datetime.datetime.now():%Y-%m-%d-%H%M%S}")
+    _ranks.join(setup.device)
     new_run_directory(directory, "choose another --out")
 
     results: list[dict[str, Any]] = []
@@ -85,15 +88,16 @@ def compare(
             screen.end(_line(results[-1]))
             if diverged_at is None:
                 trained.append(trainer)
-        side_by_side = not stop.received and _results.time_side_by_side(trained, results)
-    if stop.received and not results:
-        raise Interrupted(stop.received, "interrupted before the first optimizer had finished; nothing to report")
+        side_by_side = not stop.agreed() and _results.time_side_by_side(trained, results)
+    received = stop.agreed()
+    if received and not results:
+        raise Interrupted(received, "interrupted before the first optimizer had finished; nothing to report")
 
     missing = [contender.name for contender in chosen if contender.name not in rows]
     found = _results.collect("compare", setup, corpus, results, missing, side_by_side)
     show(directory, found, rows, as_json)
-    if stop.received:
-        raise Interrupted(stop.received, f"interrupted; the report covers {', '.join(r['name'] for r in results)}")
+    if received:
+        raise Interrupted(received, f"interrupted; the report covers {', '.join(r['name'] for r in results)}")
 
 
 def _line(result: dict[str, Any]) -> str:

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import shlex
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from adafactor.cli import _checkpoint, _results, _text
+from adafactor.cli import _checkpoint, _ranks, _results, _text
 from adafactor.cli import _options as options
 from adafactor.cli._checkpoint import Run
 from adafactor.cli._contenders import CONTENDERS, checked_lr, find
 from adafactor.cli._errors import Interrupted, UserError
 from adafactor.cli._files import JsonLines, new_run_directory
-from adafactor.cli._loop import Diverged, Setup, StopSignal, Trainer
+from adafactor.cli._loop import Diverged, Setup, StopSignal, Trainer, resolved_device
 from adafactor.cli._loop import train as run_training
 from adafactor.cli._report import show
 from adafactor.cli._screen import Screen
@@ -34,6 +33,7 @@ def train(
     dtype: options.Dtype = Setup.dtype,
     device: options.Device = Setup.device,
     threads: options.Threads = Setup.threads,
+    shard: options.Shard = None,
     width: options.Width = Setup.width,
     depth: options.Depth = Setup.depth,
     heads: options.Heads = Setup.heads,
@@ -41,7 +41,11 @@ def train(
     out: Annotated[Path, typer.Option(help="The run directory.", rich_help_panel="Output")] = Path("runs/train"),
     resume: Annotated[
         bool,
-        typer.Option("--resume", help="Continue the run in --out; its options are kept.", rich_help_panel="Output"),
+        typer.Option(
+            "--resume",
+            help="Continue the run in --out; its options are kept, all but --shard.",
+            rich_help_panel="Output",
+        ),
     ] = False,
     checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints.", rich_help_panel="Output")] = 100,
     as_json: options.Json = False,
@@ -52,8 +56,12 @@ def train(
     ended, continues with --resume. On a CPU it reaches the same weights, bit for
     bit, as one that never stopped.
 
+    With --shard several processes train as one. Any number of them continues
+    what any other left; the same number, to the same bits.
+
       adafactor train --steps 2000 --out runs/long
       adafactor train --out runs/long --resume
+      torchrun --nproc-per-node 2 --no-python adafactor train --shard fsdp
     """
     if checkpoint_every < 1:
         raise UserError(f"--checkpoint-every must be at least 1, got {checkpoint_every}")
@@ -61,10 +69,14 @@ def train(
     content = None
     if resume:
         run, content = _checkpoint.load(path)
+        run = replace(run, setup=replace(run.setup, shard=shard, ranks=_ranks.count(shard, run.setup.device)))
         _refuse_changes(run, out, _given(invocation))
     else:
-        setup = Setup(steps, batch_size, seed, width, depth, heads, context, dtype, device, threads)
+        ranks = _ranks.count(shard, resolved_device(device))
+        setup = Setup(steps, batch_size, seed, width, depth, heads, context, dtype, device, threads, shard, ranks)
         run = Run(setup, optimizer, checked_lr(find(optimizer, "--optimizer"), lr), data and str(data.resolve()))
+    _ranks.join(run.setup.device)
+    if content is None:
         new_run_directory(out, "continue it with --resume, or choose another --out")
     corpus = _text.load(data or (run.data and Path(run.data)) or None, run.setup.context)
     trainer = Trainer(run.setup, find(run.optimizer, "--optimizer"), run.lr, corpus)
@@ -86,8 +98,8 @@ def train(
                 raise UserError(f"{end}; {cure}") from end
         rows = metrics.rows
     if not finished:
-        again = shlex.join(["adafactor", "train", "--out", str(out), "--resume"])
-        raise Interrupted(stop.received or 0, f"stopped at step {trainer.steps_done}; continue with: {again}")
+        again = _ranks.command(["train", *(["--shard", shard] if shard else []), "--out", str(out), "--resume"])
+        raise Interrupted(stop.agreed() or 0, f"stopped at step {trainer.steps_done}; continue with: {again}")
 
     result = _results.summarize(trainer, rows, None)
     found = _results.collect("train", run.setup, corpus, [result], [], side_by_side=False)

@@ -1,0 +1,76 @@
+"""``benchmarks/communication.py``: a real step sends what it says, and the page says what it prints."""
+
+from __future__ import annotations
+
+import math
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from _ranks import good, run_on_ranks
+from adafactor import Adafactor
+from adafactor.memory import report
+
+ROOT = Path(__file__).parents[1]
+if not (ROOT / "benchmarks").exists():
+    pytest.skip("benchmarks/ is not part of the sdist", allow_module_level=True)
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import communication  # noqa: E402
+
+PUBLISHED = {
+    "Llama-3.2-1B": 1_235_814_400,
+    "Llama-3-8B": 8_030_261_248,
+    "Llama-3-70B": 70_553_706_496,
+    "Llama-3.1-405B": 405_853_388_800,
+    "T5-11B": 11_307_321_344,
+}
+SMALL = communication.llama(2, 70, 130, 33, vocabulary=301)
+MODES = {"paper": {}, "adamw_like": {"lr": 1e-3, "beta1": 0.9}, "scaled": {"lr": 1e-3, "scale_parameter": True}}
+
+
+def test_the_models_have_the_published_numbers_of_parameters():
+    counted = {name: sum(map(math.prod, build().values())) for name, build in communication.MODELS.items()}
+    assert counted == PUBLISHED | {"PaLM-540B": pytest.approx(540.35e9, abs=0.01e9)}
+
+
+def test_the_page_has_the_table():
+    page = (ROOT / "docs" / "distributed.md").read_text()
+    assert communication.table() in page, "paste what `python benchmarks/communication.py` prints"
+
+
+def sent(arguments: dict[str, Any]) -> tuple[list[int], int]:
+    """The bytes of each collective of a step, and of this rank's state."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    params = {}
+    for name, shape in SMALL.items():
+        params[name] = torch.nn.Parameter(distribute_tensor(torch.randn(shape), mesh, [Shard(0)]))
+        params[name].grad = distribute_tensor(torch.randn(shape), mesh, [Shard(0)])
+    optimizer = Adafactor(params.items(), **arguments)
+    sizes, all_reduce = [], dist.all_reduce
+    dist.all_reduce = lambda buffer, *rest, **options: (  # what it does stays as it is
+        sizes.append(buffer.nbytes),
+        all_reduce(buffer, *rest, **options),
+    )[1]
+    try:
+        optimizer.step()
+    finally:
+        dist.all_reduce = all_reduce
+    kept = (value for state in optimizer.state.values() for value in state.values())
+    return sizes, sum((value.to_local() if isinstance(value, DTensor) else value).nbytes for value in kept)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_step_sends_and_keeps_what_the_plan_says(ranks: int):
+    found = run_on_ranks(ranks, {mode: partial(sent, arguments) for mode, arguments in MODES.items()})
+    for mode, arguments in MODES.items():
+        planned = report(SMALL, ranks=ranks, **arguments)
+        for rank, (sizes, state) in enumerate(good(found[mode])):
+            assert sizes == [planned.crossing]
+            assert state == planned.rows[0].state if rank == 0 else state <= planned.rows[0].state
