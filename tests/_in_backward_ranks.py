@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import Any
@@ -438,6 +439,33 @@ def fsdp_errors() -> dict[str, Any]:
     assert vars(FSDPParamGroup)["post_backward"] is post_backward
     messages["steps"] = int(optimizer.state[model.head.bias]["step"])
     return messages
+
+
+def fsdp_gradients_alive() -> list[int]:
+    """How many reduced gradients there were at once in eight groups: with the step in backward, and without."""
+    most = []
+    for in_backward in (True, False):
+        torch.manual_seed(0)
+        model = nn.Sequential(*(nn.Linear(33, 33, bias=False) for _ in range(8)))
+        for layer in model:
+            fully_shard(layer, mesh=mesh(4))
+        fully_shard(model, mesh=mesh(4))
+        optimizer = Adafactor(model.parameters(), lr=1e-2)
+        seen: list[weakref.ref] = []
+        alive: list[int] = []
+
+        def count(p: Any, seen=seen, alive=alive) -> None:
+            seen.append(weakref.ref(p.grad.to_local()))
+            alive.append(sum(reference() is not None for reference in seen))
+
+        handle = optimizer.step_in_backward() if in_backward else contextlib.nullcontext()
+        with handle:
+            for p in model.parameters():
+                p.register_post_accumulate_grad_hook(count)
+            model(shares(0)).square().mean().backward()
+            optimizer.step()
+        most.append(max(alive))
+    return most
 
 
 def fsdp_optimizers() -> list[int]:

@@ -53,7 +53,7 @@ class Pair(NamedTuple):
         return collectives.get_total_counts()
 
 
-def like(q: Any, value: Tensor) -> Tensor:
+def like(q: Any, value: Tensor) -> Any:
     """A value that is known on every rank, sharded as q is."""
     if not isinstance(q, DTensor):
         return value.clone()
@@ -264,9 +264,9 @@ def skips(bad_rank: int) -> dict[str, Any]:
     both = pair(shapes, torch.float32, lambda value: distribute_tensor(value, mesh(ranks), [Shard(0)]), lr=1e-2)
     before = [whole(q.detach()) for q in both.sharded]
     for k, q in enumerate(both.sharded):
-        q.grad = like(q, random_gradients([both.plain[k]])[0])
-        if rank == bad_rank and k < 3 and q.grad.to_local().numel():
-            q.grad.to_local().view(-1)[0] = math.nan
+        q.grad = gradient = like(q, random_gradients([both.plain[k]])[0])
+        if rank == bad_rank and k < 3 and gradient.to_local().numel():
+            gradient.to_local().view(-1)[0] = math.nan
     with CommDebugMode() as mode:
         both.many.step()
     moved = [not torch.equal(whole(q.detach()), old) for q, old in zip(both.sharded, before, strict=True)]
@@ -287,7 +287,7 @@ def error_of(kind: str) -> str:
     ranks, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
     value = torch.randn(40, 40)
     placed = [Replicate()] if kind == "partial" else [Shard(0)]
-    params = [nn.Parameter(distribute_tensor(value.clone(), mesh(ranks), placed)) for _ in range(2)]
+    params: list[Any] = [nn.Parameter(distribute_tensor(value.clone(), mesh(ranks), placed)) for _ in range(2)]
     optimizer = Adafactor([("first", params[0]), ("second", params[1])], lr=1e-2)
     before = [p.to_local().clone() for p in params]
     for p in params:
@@ -316,7 +316,8 @@ def sequence_parallel() -> str:
     try:
         optimizer.step()
     except ValueError as error:
-        for p in model[0].parameters():
+        norm: list[Any] = list(model[0].parameters())
+        for p in norm:
             p.grad = p.grad.redistribute(p.device_mesh, p.placements)
         optimizer.step()
         return str(error)

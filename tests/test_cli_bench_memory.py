@@ -116,6 +116,14 @@ def test_the_buckets_of_ddp_stay(rows: dict[str, Any]) -> None:
     assert rows["ddp-views"]["kept"]["gradients"] == 2 * (PARAMETERS + LARGEST + EMBEDDING)
 
 
+def test_of_ddp_s_buckets_a_few_are_alive_with_the_step_in_backward() -> None:
+    mode = next(mode for mode in LIFETIMES if mode.name == "ddp-in-backward")
+    deep, deeper = (
+        measure(mode, Subject(ModelConfig(WIDTH, depth, 4, 8), "cpu", "auto", "aot_eager")) for depth in (4, 6)
+    )
+    assert deep["kept"]["gradients"] == deeper["kept"]["gradients"] < 5 * 2**20  # a bucket is 1 MiB
+
+
 # --- the record ---------------------------------------------------------------------------------------------------
 
 
@@ -208,7 +216,7 @@ def test_the_run_directory_and_the_table(run: Path) -> None:
     assert re.fullmatch(
         r"Weights, .* of 1\.6 M parameters take 2\.42 bytes .* mixed precision 16\.16\.", found["headline"]
     )
-    assert any("to the byte, in all 11 modes" in note for note in found["notes"])
+    assert any("to the byte, in all 12 modes" in note for note in found["notes"])
     assert found["model"] == dataclasses.asdict(ModelConfig(WIDTH, DEPTH, 4, 8))
     with Image.open(run / "memory.png") as picture:
         picture.load()

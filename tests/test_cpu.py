@@ -299,7 +299,7 @@ def scaled(p: torch.nn.Parameter) -> Adafactor:
 
 def known(optimizer: Adafactor, p: Tensor) -> bool:
     """Whether the next step will use what the last one left."""
-    kept = optimizer._slots[p].kept
+    kept = optimizer._slots[p].task.kept
     return kept.version == p._version
 
 

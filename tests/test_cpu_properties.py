@@ -184,7 +184,7 @@ def step(
         for _ in range(steps):
             optimizer.step()
     guards.check()
-    reports = [optimizer._slots[p].report.values.clone() for p in ps]
+    reports = [optimizer._slots[p].task.report.values.clone() for p in ps]
     return [{**snapshot(optimizer, p), "report": report} for p, report in zip(ps, reports, strict=True)], optimizer
 
 

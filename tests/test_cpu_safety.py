@@ -146,7 +146,7 @@ def test_what_was_kept_for_a_parameter_fits_its_new_view():
     del optimizer.state[ps[1]]
     optimizer.state_dict()
     optimizer.step()
-    kept = optimizer._slots[ps[1]].kept.param_sq
+    kept = optimizer._slots[ps[1]].task.kept.param_sq
     assert kept is not None
     assert kept.shape == (41,)  # and a fingerprint
 

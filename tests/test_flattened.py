@@ -76,7 +76,7 @@ def zero(folder: Path, stage: int, bf16: bool, kind: str) -> dict[str, Any]:
     os.environ.update(DS_ACCELERATOR="cpu", LOCAL_RANK=str(dist.get_rank()))
     warnings.simplefilter("ignore")  # its own
     logging.disable()
-    import deepspeed
+    import deepspeed  # pyright: ignore[reportMissingImports]
 
     settings = {
         "train_micro_batch_size_per_gpu": 1,

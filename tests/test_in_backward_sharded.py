@@ -78,6 +78,7 @@ ALONE = [
     ranks.ddp_without_a_gradient,
     ranks.ddp_with_uneven_data,
     ranks.fsdp_errors,
+    ranks.fsdp_gradients_alive,
     ranks.fsdp_optimizers,
     ranks.tensor_parallel,
 ]
@@ -133,6 +134,10 @@ def test_errors_under_fsdp_come_at_the_end_of_the_pass(results):
         assert "call optimizer.zero_grad()" in found["step after that"]
         assert "leave out set_requires_gradient_sync(False)" in found["twice"]
         assert found["steps"] == 4
+
+
+def test_under_fsdp_the_gradients_of_two_groups_are_alive_at_once(results):
+    assert good(results["fsdp_gradients_alive"]) == [[2, 8]] * 4
 
 
 def test_optimizers_that_share_fsdp_groups_take_a_collective_each(results):

@@ -25,6 +25,7 @@ LADDER = {
     "_checks": {"_distributed", "_hyper", "_plan"},
     "_state": {"_distributed", "_hyper", "_plan", "_rounding"},
     "_reports": {"_plan", "backends"},
+    "_slot": {"_checks", "_distributed", "_hyper", "_plan", "_rounding", "_state", "backends"},
     "backends": {"_hyper", "_plan", "backends.cpu", "backends.reference"},  # the choice is made when it is asked for
     "backends.cpu": {"_hyper", "_plan", "backends"},
     "backends.reference": {"_plan", "_rounding", "_schedule", "backends"},
@@ -42,6 +43,7 @@ LADDER = {
         "_rounding",
         "_state",
         "_reports",
+        "_slot",
         "_in_backward",
         "backends",
         "backends.reference",

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
@@ -19,6 +18,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.checkpoint.state_dict_loader import load as load_checkpoint
+from torch.distributed.checkpoint.state_dict_saver import save as save_checkpoint
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 
@@ -89,7 +90,7 @@ def save(folder: str, mode: str) -> dict[str, Any]:
     train(model, optimizer, range(5))
     for way in [way for name, way in LOADS if name == mode and way in WAYS]:
         weights, state = get_state_dict(model, optimizer, options=WAYS[way])
-        dcp.save({"model": weights, "optimizer": state}, checkpoint_id=f"{folder}/{way}")
+        save_checkpoint({"model": weights, "optimizer": state}, checkpoint_id=f"{folder}/{way}")
     whole_options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights, state = get_state_dict(model, optimizer, options=whole_options)
     if dist.get_rank() == 0:
@@ -109,7 +110,7 @@ def load(folder: str, mode: str, way: str) -> dict[str, Any]:
     else:
         options = WAYS[way]
         weights, state = get_state_dict(model, optimizer, options=options)
-        dcp.load({"model": weights, "optimizer": state}, checkpoint_id=f"{folder}/{way}")
+        load_checkpoint({"model": weights, "optimizer": state}, checkpoint_id=f"{folder}/{way}")
     set_model_state_dict(model, weights, options=options)
     set_optimizer_state_dict(model, optimizer, state, options=options)
     loaded = contents(model, optimizer)
@@ -132,7 +133,7 @@ def cut_off(folder: str, what: str) -> str:
     model, optimizer = built("float64", 7)
     weights, state = get_state_dict(model, optimizer)
     try:
-        dcp.load({"model": weights, "optimizer": state}, checkpoint_id=f"{folder}/{what}")
+        load_checkpoint({"model": weights, "optimizer": state}, checkpoint_id=f"{folder}/{what}")
     except CheckpointException as error:
         return type(error).__name__
     return "no error"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,26 +13,21 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from adafactor import _state
-from adafactor._checks import refuse_flattened, refuse_replaced, refuse_shared, refuse_sparse, warn_of_lost_updates
-from adafactor._distributed import Member, Reduction, Sharding, is_dtensor, local, twin
+from adafactor._checks import refuse_replaced, refuse_shared, refuse_sparse, warn_of_lost_updates
+from adafactor._distributed import Member, Reduction, local, twin
 from adafactor._hyper import DEFAULTS, Hyper, Lr, caller_level, check_lr, dtype_name, resolve
 from adafactor._in_backward import InBackward
-from adafactor._plan import TensorPlan, View, check_parameter, piece_of, resolve_factor, tensor_plan, view_of
+from adafactor._plan import TensorPlan, View, resolve_factor, view_of
 from adafactor._reports import Diagnostics, Explanation, diagnostics_of, explanation_of
-from adafactor._rounding import join_weight, stream_key
+from adafactor._rounding import join_weight
 from adafactor._schedule import exact, rho_at
+from adafactor._slot import Slot, slot_of
 from adafactor.backends import (
-    NO_GRADIENT,
     Backend,
-    Choice,
-    Kept,
-    Report,
-    Streams,
     Task,
     allocate_sums,
     check_available,
     reference,
-    select,
     serving,
 )
 
@@ -140,7 +134,7 @@ class Adafactor(Optimizer):
 
     def _start(self, ready: bool = True) -> None:
         """What is rebuilt, not saved."""
-        self._slots: dict[Tensor, _Slot] = {}
+        self._slots: dict[Tensor, Slot] = {}
         self._split: set[Tensor] = set()  # parameters whose sums cross a mesh
         self._reductions: dict[tuple[int, ...], Reduction] = {}
         self._updated: dict[int, dict[str, Any]] = {}  # groups with updates that `step` has not counted yet
@@ -267,7 +261,7 @@ class Adafactor(Optimizer):
         Counts start when the optimizer is built, unpickled or loaded.
         """
         self._rebuild()
-        return {slot.plan.name: diagnostics_of(slot.report) for slot in self._slots.values()}
+        return {slot.plan.name: diagnostics_of(slot.task.report) for slot in self._slots.values()}
 
     def full_precision_weights(self) -> dict[str, Tensor]:
         """Copies of all weights by name, for export or evaluation: float32 where `weight_bits` keeps missing bits."""
@@ -408,7 +402,7 @@ class Adafactor(Optimizer):
         written = [p for p in params if p.grad is not None and not p.is_inference()]
         torch.autograd.graph.increment_version(written)
 
-    def _reduction(self, slots: list[_Slot]) -> Reduction:
+    def _reduction(self, slots: list[Slot]) -> Reduction:
         key = tuple(map(id, slots))
         if key not in self._reductions:
             if len(self._reductions) > len(self._slots):  # what is left over after backward may differ every time
@@ -462,20 +456,15 @@ class Adafactor(Optimizer):
         for index, p in enumerate(group["params"]):
             yield index, names[index] if names else f"param {start + index}", p
 
-    def _slot(self, p: Tensor, hyper: Hyper) -> _Slot:
+    def _slot(self, p: Tensor, hyper: Hyper) -> Slot:
         """The plan of a parameter, with its state allocated; rebuilt when the parameter or its group has changed."""
-        slot, state = self._slots.get(p), self.state.get(p)
-        if slot and state and slot.names <= state.keys() and state["step"].device == p.device:
-            if hyper is slot.hyper and slot.key[0] == _form(p):
-                return slot
-            if slot.key == _key(p, hyper):
-                slot.hyper = hyper
-                return slot
-        if slot and slot.plan.shape == p.shape and slot.key[1:] == _key(p, hyper)[1:]:
-            # Moved or cast, as trainers do block by block: the others are as they were.
+        slot = self._slots.get(p)
+        if slot and slot.fits(p, hyper, self.state.get(p)):
+            return slot
+        if slot and slot.has_moved(p, hyper):  # the others are as they were
             self._slots[p] = slot = self._new_slot(p, slot.plan.name, hyper, slot.plan.view)
             self._split.discard(p)
-            if slot.task.plan.crossings:
+            if slot.is_split:
                 self._split.add(p)
             self._reductions.clear()
         else:
@@ -490,7 +479,7 @@ class Adafactor(Optimizer):
         refuse_replaced(self.param_groups, self._slots)
         self._forget_removed()
         self._reductions.clear()
-        slots: dict[Tensor, _Slot] = {}
+        slots: dict[Tensor, Slot] = {}
         start, seen, places = 0, Counter(), {}
         for group in self.param_groups:
             hyper = Hyper.of(group)
@@ -503,34 +492,16 @@ class Adafactor(Optimizer):
                     slots[p] = self._new_slot(p, name, hyper, view)
             start += len(group["params"])
         self._slots = slots
-        self._split = {p for p, slot in slots.items() if slot.task.plan.crossings}
+        self._split = {p for p, slot in slots.items() if slot.is_split}
 
     @torch.inference_mode(False)  # wherever the optimizer is built, steps write to what is allocated here
-    def _new_slot(self, p: Tensor, name: str, hyper: Hyper, view: View | None) -> _Slot:
-        check_parameter(name, p.dtype)
-        refuse_flattened(name, p)
-        sharding = Sharding(name, p) if is_dtensor(p) else None
-        home = sharding or _state.OnDevice(p.device)
-        plan = tensor_plan(name, p.shape, p.dtype, hyper, view, sharding.part.split if sharding else ())
-        piece = piece_of(plan, sharding.part) if sharding else plan
-        state, old = self.state.get(p), self._slots.get(p)
+    def _new_slot(self, p: Tensor, name: str, hyper: Hyper, view: View | None) -> Slot:
+        slot, state = slot_of(p, name, hyper, view, self._backend, self._slots.get(p)), self.state.get(p)
         if isinstance(state, dict) and state:
-            self.state[p] = _state.carry_over(plan, state, home)
+            self.state[p] = _state.carry_over(slot.plan, state, slot.home)
         elif not state and (p.requires_grad or p.grad is not None):
-            self.state[p] = _state.allocate(plan, home)
-        if old and old.report.values.device == p.device and old.task.plan.dims == piece.dims:
-            report = old.report
-        else:
-            report = Report.of(piece, p.device)
-        streams = Streams(stream_key(hyper.seed, name), stream_key(hyper.seed, f"{name}/exp_avg"))
-        names = frozenset(spec.name for spec in plan.state)
-        key, choice = _key(p, hyper), select(self._backend, piece, local(p))
-        if old and (old.key, old.task.plan, old.choice) == (key, piece, choice) and old.report is report:
-            kept, served = old.kept, old.served
-        else:
-            kept, served = Kept(), choice
-        task = Task(piece, hyper, local(p), NO_GRADIENT, {}, None, streams, report, kept)
-        return _Slot(key, hyper, plan, names, report, kept, choice, served, task, sharding)
+            self.state[p] = _state.allocate(slot.plan, slot.home)
+        return slot
 
     def _forget_removed(self) -> None:
         """Drop the state of parameters that are no longer in any group: they were swapped for others."""
@@ -546,62 +517,11 @@ class Adafactor(Optimizer):
             for p in group["params"]:
                 shielded = self.state.get(p)
                 if isinstance(shielded, _state.Shielded):
-                    plan = self._slots[p].plan
-                    home = self._slots[p].sharding or _state.OnDevice(p.device)
-                    self.state[p] = _state.load(plan, shielded.saved, home, group["momentum_mode"], shielded.source)
+                    slot, mode = self._slots[p], group["momentum_mode"]
+                    self.state[p] = _state.load(slot.plan, shielded.saved, slot.home, mode, shielded.source)
                 if p in self.state:
                     steps.append(int(self.state[p]["step"]))
             self._show_lr(group, max(steps))
-
-
-@dataclass(slots=True)
-class _Slot:
-    key: tuple
-    hyper: Hyper  # at the last step
-    plan: TensorPlan
-    names: frozenset[str]  # of the state tensors
-    report: Report
-    kept: Kept
-    choice: Choice
-    served: Choice  # the choice, or what took its place at the last step
-    task: Task
-
-    sharding: Sharding | None
-    state: dict[str, Any] | None = None  # at the last step
-
-    def fill(self, hyper: Hyper, p: Tensor, g: Tensor, state: dict[str, Any]) -> None:
-        """Give the task this step's gradient and the tensors that are here."""
-        task = self.task
-        task.hyper, task.g, self.state = hyper, g, state
-        if self.sharding is None:
-            task.state = state
-            return
-        task.p, task.g = local(p), self.sharding.gradient(self.plan.name, g)
-        task.state = {name: local(state[name]) for name in self.names}
-
-    def take(self, hyper: Hyper, p: Tensor, g: Tensor, state: dict[str, Any] | None) -> bool:
-        """The same, if the backend is ready for it: if all else is as it was."""
-        task = self.task
-        if self.state is not state or state is None or task.hyper is not hyper or self.served is not self.choice:
-            return False
-        self.fill(hyper, p, g, state)
-        if self.choice.backend.ready(task):
-            return True
-        task.let_go()
-        return False
-
-
-def _key(p: Tensor, hyper: Hyper) -> tuple:
-    """What a parameter's plan and stream were made from."""
-    momentum = hyper.momentum_dtype if hyper.momentum else None
-    structure = hyper.factor, hyper.min_dim_size_to_factor, hyper.rms_scope, hyper.scale_parameter, hyper.weight_bits
-    return _form(p), momentum, structure, hyper.seed
-
-
-def _form(p: Any) -> tuple:
-    if is_dtensor(p):
-        return p.shape, p.dtype, local(p).is_contiguous(), p.placements, p.device_mesh
-    return p.shape, p.dtype, p.is_contiguous()
 
 
 def _shapes(named: Iterable[tuple[int, str, Tensor]]) -> list[tuple[str, tuple[int, ...]]]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from adafactor import Adafactor, plan
+from adafactor._in_backward_ddp import Buckets, buckets_of
 from adafactor.cli import _bench_memory_modes as modes
 from adafactor.cli._bench_case import available
 from adafactor.cli._bench_memory_modes import Mode
@@ -88,7 +89,7 @@ def measure(mode: Mode, subject: Subject) -> dict[str, Any]:
     def train() -> None:
         with _set_up(mode, subject) as (net, optimizer):
             tokens = torch.randint(VOCABULARY, (1, subject.config.context + 1), device=subject.device)
-            for _ in range(2 if isinstance(net, DistributedDataParallel) else 1):  # it makes its buckets anew after one
+            for _ in range(3 if isinstance(net, DistributedDataParallel) else 1):  # it makes its buckets anew after one
                 _step(net, optimizer, tokens, traced=False)
             _step(net, optimizer, tokens, traced=True)
             found.update(_sizes(mode, net, optimizer))
@@ -110,9 +111,6 @@ def _set_up(mode: Mode, subject: Subject) -> Iterator[tuple[nn.Module, torch.opt
             p.data = p.data.to(mode.dtype)
             p.register_post_accumulate_grad_hook(_mark_gradient)
         optimizer = mode.build(list(net.named_parameters()), subject.backend)
-        if mode.in_backward:
-            assert isinstance(optimizer, Adafactor)
-            stack.enter_context(optimizer.step_in_backward())
         if mode.run_as in (modes.BLOCKS, modes.WHOLE):
             stack.callback(torch.compiler.reset)
             stack.enter_context(warnings.catch_warnings())
@@ -121,13 +119,31 @@ def _set_up(mode: Mode, subject: Subject) -> Iterator[tuple[nn.Module, torch.opt
                 part.compile(backend=subject.compiler)
         elif mode.run_as in (modes.DDP, modes.DDP_VIEWS):
             stack.enter_context(_process_group())
-            net = DistributedDataParallel(net, gradient_as_bucket_view=mode.run_as == modes.DDP_VIEWS)
-            net.register_comm_hook(None, _reduce_over_one)
+            views = mode.run_as == modes.DDP_VIEWS
+            net = DistributedDataParallel(net, bucket_cap_mb=1, gradient_as_bucket_view=views)
+            if mode.in_backward:
+                _mark_buckets(buckets_of(net))
+            else:
+                net.register_comm_hook(None, _reduce_over_one)
+        if mode.in_backward:
+            assert isinstance(optimizer, Adafactor)
+            ddp = net if isinstance(net, DistributedDataParallel) else None
+            stack.enter_context(optimizer.step_in_backward(ddp=ddp))
         yield net, optimizer
 
 
 def _mark_gradient(p: Tensor) -> None:
     mark("gradients", [p.grad])
+
+
+def _mark_buckets(buckets: Buckets) -> None:
+    reduce = buckets.reduce
+
+    def marking(bucket: Any) -> torch.futures.Future[Tensor]:
+        mark("gradients", [bucket.buffer()])
+        return reduce(bucket)
+
+    buckets.reduce = marking
 
 
 def _reduce_over_one(_, bucket):  # DistributedDataParallel compares annotations, and refuses strings

@@ -134,4 +134,11 @@ LIFETIMES = (
         description="with gradient_as_bucket_view=True: gradients lie in the buckets, which stay",
         run_as=DDP_VIEWS,
     ),
+    replace(
+        IN_BACKWARD,
+        name="ddp-in-backward",
+        title="DDP, in backward",
+        description="step_in_backward(ddp=model): stepped from the buckets, which are freed; the largest stays",
+        run_as=DDP,
+    ),
 )

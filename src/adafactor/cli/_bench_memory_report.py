@@ -106,10 +106,11 @@ def notes(rows: list[Found], unfinished: list[str], subject: Subject) -> list[st
             f"A tied embedding is stepped last, and {row['gradients_in_largest']:.1f} gradients of its size are alive "
             "then: the output layer's, which waits through all of backward, the embedding's own, and their sum."
         )
-    if "ddp" in by_name and "ddp-views" in by_name:
+    if row := by_name.get("ddp-in-backward"):
         said.append(
-            "Under DistributedDataParallel gradients are complete only in its buckets, which stay: step_in_backward "
-            "refuses it."
+            "Under DistributedDataParallel gradients are complete only in its buckets (1 MiB each here), which stay. "
+            f"With step_in_backward(ddp=model) the largest stays, and {row['gradients_share']:.1%} of all are alive at "
+            "once."
         )
     said.append(
         f"A batch of one window of {subject.config.context} bytes: activations grow with the batch, the rest does not."
