@@ -22,6 +22,7 @@ Placements = Sequence[Placement]
 
 # Full V, matrices (tall, wide, too short for every rank to get a row), stacks, merged columns, merged rows.
 SHAPES: list[Shape] = [(9,), (4, 5), (70, 45), (33, 64), (3, 40, 33), (6, 33, 40), (40, 3, 3, 3), (33, 4, 3, 3)]
+FEW_SHAPES: list[Shape] = [(9,), (33, 64), (3, 40, 33), (40, 3, 3, 3)]
 
 
 @lru_cache
@@ -135,7 +136,7 @@ def steps(
     placements: Placements,
     dtype: torch.dtype,
     arguments: dict[str, Any],
-    count: int = 4,
+    count: int = 3,
     shapes: Sequence[Shape] = SHAPES,
 ) -> Agreement:
     over = mesh(*sizes)
