@@ -170,6 +170,8 @@ class Adafactor(Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient. Never waits for the device.
 
+        Where parameters are sharded, every rank has to call it: a step is one collective per process group.
+
         While `step_in_backward` is on, those are the few that were not stepped during backward; their gradients are
         freed too.
 
@@ -177,8 +179,9 @@ class Adafactor(Optimizer):
             closure: re-evaluates the model and returns the loss; gradients are enabled while it runs.
 
         Raises:
-            ValueError: for a sparse gradient, naming the parameter, and if `step_in_backward` is on and the backward
-                passes since the last step do not add up.
+            ValueError: for a sparse gradient, and for one of a sharded parameter that is not final or on some ranks
+                only, naming the parameter; and if `step_in_backward` is on and the backward passes since the last step
+                do not add up.
         """
         loss = None
         if closure is not None:
@@ -344,7 +347,7 @@ class Adafactor(Optimizer):
                 for p in params:
                     g = p.grad
                     if g is None:
-                        if p in self._split and p.requires_grad:
+                        if self._split and p.requires_grad and p in self._split:
                             split.append(p)
                         continue
                     slot = self._slots.get(p)
@@ -356,7 +359,7 @@ class Adafactor(Optimizer):
                         slot.served = serving(slot.choice, slot.task)
                     slot.task.lr = lr
                     updated[id(group)] = group
-                    if p in self._split:
+                    if slot.is_split:
                         split.append(p)
                         continue
                     backend = slot.served.backend
