@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -167,51 +166,47 @@ def momentum_across_columns() -> dict[str, Any]:
     return {"dtype": kept.dtype, "error": distance(kept, right), "back": distance(again, right), "statistics": stats}
 
 
-def save_all(folder: Path, world: int) -> dict[str, list[Any]]:
-    cases = {}
-    for mode in MODES:
-        (folder / mode).mkdir()
-        cases[mode] = partial(save, str(folder / mode), mode)
-    return run_on_ranks(world, cases)
-
-
-def load_all(folder: Path, world: int, more: dict[str, Any] | None = None) -> dict[str, list[Any]]:
-    cases = {f"{mode}/{way}": partial(load, str(folder / mode), mode, way) for mode, way in LOADS}
-    return run_on_ranks(world, {**cases, **(more or {})})
-
-
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[Path, dict[str, list[Any]]]]:
-    """By the number of ranks that saved: where, and what they went on to do."""
-    folders = {world: tmp_path_factory.mktemp(f"from{world}") for world in (1, 4)}
-    return {world: (folder, save_all(folder, world)) for world, folder in folders.items()}
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
+    """What every case returned on its ranks: "1/mode" and "4/mode" saved, "4 to 2/mode/way" loaded."""
+    folders = {ranks: tmp_path_factory.mktemp(f"from{ranks}") for ranks in (1, 4)}
 
+    def saves(ranks: int) -> dict[str, Any]:
+        for mode in MODES:
+            (folders[ranks] / mode).mkdir()
+        return {f"{ranks}/{mode}": partial(save, str(folders[ranks] / mode), mode) for mode in MODES}
 
-@pytest.fixture(scope="module")
-def loaded(saved: dict[int, tuple[Path, dict[str, list[Any]]]]) -> dict[tuple[int, int], dict[str, list[Any]]]:
-    """By (ranks that saved, ranks that loaded)."""
-    folder = saved[4][0]
+    def loads(origin: int, ranks: int) -> dict[str, Any]:
+        return {
+            f"{origin} to {ranks}/{mode}/{way}": partial(load, str(folders[origin] / mode), mode, way)
+            for mode, way in LOADS
+        }
+
+    found = run_on_ranks(1, saves(1))
+    found |= run_on_ranks(4, saves(4) | loads(4, 4) | loads(1, 4))
+    cut = folders[4] / "float64"
     for name, lacks in (("incomplete", ".metadata"), ("short", "__2_0.distcp")):
-        there = folder / "float64" / name
-        there.mkdir()
-        for file in (folder / "float64" / "nested").iterdir():
+        (cut / name).mkdir()
+        for file in (cut / "nested").iterdir():
             data = file.read_bytes()
             if file.name != lacks:
-                (there / file.name).write_bytes(data)
+                (cut / name / file.name).write_bytes(data)
             elif name == "short":
-                (there / file.name).write_bytes(data[: len(data) // 2])
-    more = {f"fresh/{way}": partial(fresh, way) for way in (*WAYS, "whole")}
-    more |= {f"cut/{what}": partial(cut_off, str(folder / "float64"), what) for what in ("incomplete", "short")}
+                (cut / name / file.name).write_bytes(data[: len(data) // 2])
+    more: dict[str, Any] = {f"fresh/{way}": partial(fresh, way) for way in (*WAYS, "whole")}
+    more |= {f"cut/{what}": partial(cut_off, str(cut), what) for what in ("incomplete", "short")}
     more["columns"] = momentum_across_columns
-    return {(origin, world): load_all(saved[origin][0], world, more if world == 2 else None) for origin, world in RANKS}
+    for ranks in (1, 2, 3):
+        found |= run_on_ranks(ranks, loads(4, ranks) | (more if ranks == 2 else {}))
+    return found
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("mode", "way"), LOADS)
 @pytest.mark.parametrize("ranks", RANKS, ids=lambda ranks: f"{ranks[0]} to {ranks[1]}")
-def test_training_goes_on_from_a_checkpoint(saved: dict, loaded: dict, ranks: tuple[int, int], mode: str, way: str):
-    before = good(saved[ranks[0]][1][mode])[0]
-    for after in good(loaded[ranks][f"{mode}/{way}"]):
+def test_training_goes_on_from_a_checkpoint(runs: dict[str, list[Any]], ranks: tuple[int, int], mode: str, way: str):
+    before = good(runs[f"{ranks[0]}/{mode}"])[0]
+    for after in good(runs[f"{ranks[0]} to {ranks[1]}/{mode}/{way}"]):
         assert after["saved"].keys() == before["saved"].keys()
         for name, value in before["saved"].items():
             assert after["saved"][name].dtype == value.dtype
@@ -225,19 +220,19 @@ def test_training_goes_on_from_a_checkpoint(saved: dict, loaded: dict, ranks: tu
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", [*WAYS, "whole"])
-def test_a_checkpoint_before_the_first_step_is_complete_and_takes_no_step(loaded: dict, way: str):
-    assert all(good(loaded[4, 2][f"fresh/{way}"]))
+def test_a_checkpoint_before_the_first_step_is_complete_and_takes_no_step(runs: dict[str, list[Any]], way: str):
+    assert all(good(runs[f"fresh/{way}"]))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["incomplete", "short"])
-def test_a_checkpoint_that_was_cut_off_is_refused(loaded: dict, what: str):
-    assert "no error" not in good(loaded[4, 2][f"cut/{what}"])
+def test_a_checkpoint_that_was_cut_off_is_refused(runs: dict[str, list[Any]], what: str):
+    assert "no error" not in good(runs[f"cut/{what}"])
 
 
 @pytest.mark.slow
-def test_one_byte_momentum_is_converted_where_columns_are_split(loaded: dict):
-    found = good(loaded[4, 2]["columns"])[0]
+def test_one_byte_momentum_is_converted_where_columns_are_split(runs: dict[str, list[Any]]):
+    found = good(runs["columns"])[0]
     assert found["dtype"] == torch.bfloat16
     assert found["error"] <= 2**-8
     assert found["back"] <= 0.01
