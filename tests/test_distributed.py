@@ -53,7 +53,7 @@ LONG = {
 TRAINED = {"fsdp": 1, "hsdp": 1, "tp": 1, "fsdp x tp": 3}
 
 
-def cases() -> dict[str, Case]:
+def cases(long: bool) -> dict[str, Case]:
     found: dict[str, Case] = {}
     for placed, mode, dtype in GRID:
         sizes, placements, _ = PLACED[placed]
@@ -61,7 +61,7 @@ def cases() -> dict[str, Case]:
         found[f"{placed}/{mode}/{dtype}"] = partial(
             sharded.steps, sizes, placements, DTYPES[dtype], MODES[mode], 3, shapes
         )
-    for name, (dtype, arguments) in LONG.items():
+    for name, (dtype, arguments) in LONG.items() if long else ():
         found[f"long/{name}"] = partial(
             sharded.steps, (4,), [Shard(0)], dtype, arguments, 300, [(128, 96), (6, 33, 40)]
         )
@@ -88,8 +88,9 @@ def cases() -> dict[str, Case]:
 
 
 @pytest.fixture(scope="module")
-def results() -> dict[str, list]:
-    return run_on_ranks(4, cases())
+def results(request: pytest.FixtureRequest) -> dict[str, list]:
+    chosen = [item.name for item in request.session.items]
+    return run_on_ranks(4, cases(long=any(name.startswith("test_three_hundred_steps") for name in chosen)))
 
 
 @pytest.mark.parametrize(("placed", "mode", "dtype"), GRID)
@@ -112,6 +113,7 @@ def test_collectives_are_few_however_many_parameters(results: dict[str, list], p
     assert found.collectives <= PLACED[placed][2] + (len(PLACED[placed][0]) > 1 and shared)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LONG)
 def test_three_hundred_steps_end_at_the_weights_of_one_process(results: dict[str, list], name: str):
     """Measured here: 4e-16 of the largest weight in float64, 1.3e-7 in float32; of bfloat16 weights, 9e-5 differ."""
