@@ -26,6 +26,7 @@ class Slot:
         names: of the state tensors.
         choice, served: the backend for the parameter, and what took its place at the last step.
         sharding: of a DTensor.
+        is_split: whether sums have to cross a mesh.
         state: at the last step.
     """
 
@@ -37,17 +38,13 @@ class Slot:
     served: Choice
     task: Task
     sharding: Sharding | None
+    is_split: bool
     state: dict[str, Any] | None = None
 
     @property
     def home(self) -> Home:
         """Where the state lies."""
         return self.sharding or OnDevice(self.task.p.device)
-
-    @property
-    def is_split(self) -> bool:
-        """Whether sums have to cross a mesh."""
-        return bool(self.task.plan.crossings)
 
     def fits(self, p: Tensor, hyper: Hyper, state: dict[str, Any] | None) -> bool:
         """Whether it is still that of the parameter as it is now, with all of its state."""
@@ -79,7 +76,10 @@ class Slot:
         task = self.task
         if self.state is not state or state is None or task.hyper is not hyper or self.served is not self.choice:
             return False
-        self.fill(hyper, p, g, state)
+        if self.sharding is None:
+            task.g = g
+        else:
+            self.fill(hyper, p, g, state)
         if self.choice.backend.ready(task):
             return True
         task.let_go()
@@ -105,7 +105,8 @@ def slot_of(p: Tensor, name: str, hyper: Hyper, view: View | None, backend: str,
             kept, served = old.task.kept, old.served
     streams = Streams(stream_key(hyper.seed, name), stream_key(hyper.seed, f"{name}/exp_avg"))
     task = Task(piece, hyper, local(p), NO_GRADIENT, {}, None, streams, report, kept)
-    return Slot(key, hyper, plan, frozenset(spec.name for spec in plan.state), choice, served, task, sharding)
+    names, is_split = frozenset(spec.name for spec in plan.state), bool(piece.crossings)
+    return Slot(key, hyper, plan, names, choice, served, task, sharding, is_split)
 
 
 def _key(p: Tensor, hyper: Hyper) -> tuple:
