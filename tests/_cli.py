@@ -25,6 +25,16 @@ def write_files(directory: Path, count: int) -> Path:
     return directory
 
 
+def assert_refused(capsys: pytest.CaptureFixture[str], message: str, out: Path) -> None:
+    """One line on stderr says so, and nothing was begun."""
+    output = capsys.readouterr()
+    assert output.err.startswith("adafactor: ")
+    assert message in output.err
+    assert output.err.count("\n") == 1
+    assert output.out == ""
+    assert not out.exists()
+
+
 def weights(out: Path) -> dict[str, torch.Tensor]:
     return torch.load(out / "checkpoint.pt", weights_only=True)["trainer"]["model"]
 

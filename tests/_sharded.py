@@ -69,6 +69,7 @@ def pair(
     shapes: Sequence[Shape],
     dtype: torch.dtype,
     shard: Callable[[Tensor], Tensor],
+    alone: dict[str, Any] | None = None,
     **arguments: Any,
 ) -> Pair:
     torch.manual_seed(0)
@@ -76,7 +77,8 @@ def pair(
     plain = [nn.Parameter(value.clone()) for value in values]
     sharded = [nn.Parameter(shard(value.clone())) for value in values]
     named = [[(f"w{k}", p) for k, p in enumerate(params)] for params in (plain, sharded)]
-    return Pair(plain, sharded, *(Adafactor(params, **arguments) for params in named))
+    one = Adafactor(named[0], **{**arguments, **(alone or {})})
+    return Pair(plain, sharded, one, Adafactor(named[1], **arguments))
 
 
 def random_gradients(params: Sequence[Tensor]) -> list[Tensor]:
@@ -138,13 +140,16 @@ def steps(
     arguments: dict[str, Any],
     count: int = 3,
     shapes: Sequence[Shape] = SHAPES,
+    **alone: Any,
 ) -> Agreement:
+    """`alone` are arguments that one process takes in place of the sharded one's."""
     over = mesh(*sizes)
     chosen = [shape for shape in shapes if fits(shape, placements)]
     both = pair(
         chosen,
         dtype,
         lambda value: distribute_tensor(value, over, placements, src_data_rank=None),
+        alone,
         **arguments,
     )
     collectives = 0
@@ -281,6 +286,28 @@ def skips(bad_rank: int) -> dict[str, Any]:
         "steps": steps_taken,
         "collectives": mode.get_total_counts(),
     }
+
+
+def skips_of_two_dims(bad_rank: int) -> list[tuple[bool, float, int]]:
+    """A bad gradient on one rank, where two dims of the mesh split one parameter: moved, steps, skipped of each."""
+    placements = [[Shard(0), Shard(1)], [Shard(0), Shard(2)], [Shard(1), Shard(2)], [Shard(2), Shard(0)]]
+    kinds = iter(placements)
+    both = pair(
+        [(4, 40, 36)] * len(placements),
+        torch.float32,
+        lambda value: distribute_tensor(value, mesh(2, torch.distributed.get_world_size() // 2), next(kinds)),
+        lr=1e-2,
+    )
+    before = [whole(q.detach()) for q in both.sharded]
+    for p, q in zip(both.plain, both.sharded, strict=True):
+        q.grad = gradient = like(q, random_gradients([p])[0])
+        if torch.distributed.get_rank() == bad_rank:
+            gradient.to_local().view(-1)[0] = math.inf
+    both.many.step()
+    moved = [not torch.equal(whole(q.detach()), old) for q, old in zip(both.sharded, before, strict=True)]
+    counts = [each.skipped for each in both.many.diagnostics().values()]
+    taken = [float(both.many.state[q]["step"]) for q in both.sharded]
+    return list(zip(moved, taken, counts, strict=True))
 
 
 def error_of(kind: str) -> str:

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
+from _cli import assert_refused
 from adafactor import Adafactor
 from adafactor.cli import _bench_case, _bench_entries, _bench_gate, _bench_measure, _bench_report, main
 from adafactor.cli._bench_entries import ADAFACTOR, ENTRIES, MOMENTUM, OURS, Entry
@@ -304,12 +305,7 @@ def test_a_bad_option_is_one_line(
     options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(bench(tmp_path / "run", *options)) == 2
-    output = capsys.readouterr()
-    assert output.err.startswith("adafactor: ")
-    assert message in output.err
-    assert output.err.count("\n") == 1
-    assert output.out == ""
-    assert not (tmp_path / "run").exists()
+    assert_refused(capsys, message, tmp_path / "run")
 
 
 def test_an_optimizer_that_is_not_installed(

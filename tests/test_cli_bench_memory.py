@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
+from _cli import assert_refused
 from adafactor import memory
 from adafactor.cli import _bench_memory, _bench_memory_modes, _bench_memory_report, main
 from adafactor.cli import bench as bench_module
@@ -305,12 +306,7 @@ def test_a_bad_option_is_one_line(
     options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["bench", "--out", str(tmp_path / "run"), *options]) == 2
-    output = capsys.readouterr()
-    assert output.err.startswith("adafactor: ")
-    assert message in output.err
-    assert output.err.count("\n") == 1
-    assert output.out == ""
-    assert not (tmp_path / "run").exists()
+    assert_refused(capsys, message, tmp_path / "run")
 
 
 def test_a_model_that_does_not_fit_is_refused(

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from _cli import TINY, write_files
+from _cli import TINY, assert_refused, write_files
 from adafactor.cli import _results, _text, main
 from adafactor.cli._baselines import Lion, NesterovAdamW
 from adafactor.cli._contenders import CONTENDERS, GAP_NOISE, Contender
@@ -161,12 +161,7 @@ def test_a_bad_option_is_one_line(
     options: list[str], message: str, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(compare(text, tmp_path / "run", *options)) == 2
-    output = capsys.readouterr()
-    assert output.err.startswith("adafactor: ")
-    assert message in output.err
-    assert output.err.count("\n") == 1
-    assert output.out == ""
-    assert not (tmp_path / "run").exists()
+    assert_refused(capsys, message, tmp_path / "run")
 
 
 def test_another_run_is_not_overwritten(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from adafactor._hyper import dtype_of
-from adafactor._plan import MEANS, ROWS, SUMS, Part, TensorPlan, TensorSpec
+from adafactor._plan import ROWS, SUMS, Crossing, Part, TensorPlan, TensorSpec
 
 
 def is_dtensor(tensor: Any) -> bool:
@@ -170,20 +170,23 @@ class Member(NamedTuple):
     sharding: Sharding
 
 
+class _Waiting(NamedTuple):
+    crossing: Crossing
+    group: str
+
+
 @dataclass(frozen=True)
 class _Round:
     """One collective.
 
     Attributes:
-        entries: (member, name of the sum), in the buffer's order.
-        begins: members whose RMS(U) enters for the first time: their sums are complete.
+        entries: (member, name of the sum, its size), in the buffer's order.
         members: whose gradients are checked to be everywhere or nowhere.
     """
 
     group: Any
     dtype: torch.dtype
-    entries: tuple[tuple[int, str], ...]
-    begins: tuple[int, ...]
+    entries: tuple[tuple[int, str, int], ...]
     members: tuple[int, ...]
 
 
@@ -203,50 +206,40 @@ class Reduction:
 
     def _schedule(self) -> tuple[list[_Round], list[_Round]]:
         groups: dict[str, Any] = {}  # by name, those of a mesh in its order
-        pending: list[list[tuple[int, tuple[str, ...], str]]] = []  # of each member: (stage, sums, group)
+        pending: list[list[_Waiting]] = []  # of each member
         for member in self.members:
             mesh = member.sharding.mesh
-            names = []
-            for dim in range(mesh.ndim):
-                group = mesh.get_group(dim)
-                names.append(group.group_name)
-                groups.setdefault(group.group_name, group)
+            here = [mesh.get_group(dim) for dim in range(mesh.ndim)]
+            groups.update((group.group_name, group) for group in here if group.group_name not in groups)
             crossings = member.plan.crossings
-            pending.append([(each.stage, each.sums, names[dim]) for each in crossings for dim in each.dims])
-        before, after = [], []
-        for name in groups:
-            self._add_rounds(before, groups[name], name, pending, lambda stage, waits: stage == ROWS)
-        begun: set[int] = set()
+            pending.append([_Waiting(each, here[dim].group_name) for each in crossings for dim in each.dims])
+        before = [each for group in groups.values() for each in self._rounds(group, pending, rows=True)]
+        after: list[_Round] = []
         while any(pending):
-            for name in groups:
-                self._add_rounds(after, groups[name], name, pending, lambda stage, waits: not waits, begun)
+            for group in groups.values():
+                after += self._rounds(group, pending, rows=False)
         return before, after
 
-    def _add_rounds(
-        self,
-        rounds: list[_Round],
-        group: Any,
-        name: str,
-        pending: list[list[tuple[int, tuple[str, ...], str]]],
-        enters: Callable[[int, bool], bool],
-        begun: set[int] | None = None,
-    ) -> None:
-        """The collective over one group of all that can cross it now, one for each dtype that there is."""
-        chosen: dict[torch.dtype, list[tuple[int, str]]] = {}
+    def _rounds(self, group: Any, pending: list[list[_Waiting]], rows: bool) -> Iterator[_Round]:
+        """The collective over one group of all that can cross it now, one for each dtype that there is.
+
+        The means wait for the sums, which they are made from.
+        """
+        chosen: dict[torch.dtype, list[tuple[int, str, int]]] = {}
         for index, waiting in enumerate(pending):
-            incomplete = any(stage == SUMS and other != name for stage, _, other in waiting)
-            for crossing in list(waiting):
-                stage, sums, through = crossing
-                if through == name and enters(stage, stage == MEANS and incomplete):
-                    waiting.remove(crossing)
-                    dtype = self.members[index].plan.compute_dtype
-                    chosen.setdefault(dtype, []).extend((index, each) for each in sums)
+            plan = self.members[index].plan
+            sizes = {spec.name: spec.numel for spec in plan.sums}
+            complete = all(each.crossing.stage != SUMS or each.group == group.group_name for each in waiting)
+            for each in list(waiting):
+                stage = each.crossing.stage
+                may = stage == ROWS if rows else stage == SUMS or complete
+                if each.group == group.group_name and may:
+                    waiting.remove(each)
+                    entries = chosen.setdefault(plan.compute_dtype, [])
+                    entries += [(index, name, sizes[name]) for name in each.crossing.sums]
         for dtype, entries in chosen.items():
-            means = [index for index, sums in entries if sums == "means" and begun is not None and index not in begun]
-            members = dict.fromkeys(index for index, _ in entries) if begun is not None else {}
-            if begun is not None:
-                begun.update(means)
-            rounds.append(_Round(self._group_of(group), dtype, tuple(entries), tuple(means), tuple(members)))
+            members = () if rows else tuple(dict.fromkeys(index for index, _, _ in entries))
+            yield _Round(self._group_of(group), dtype, tuple(entries), members)
 
     def rows(self, sums: Sequence[dict[str, Tensor] | None]) -> None:
         """Before the sweep: rows that are split get their sums of g^2.
@@ -269,10 +262,12 @@ class Reduction:
             for name in ("grad_sq", "row_sum", "param_sq"):
                 if name in own:
                     own["finite"] += (own[name] * 0).sum()  # 0, or NaN where the step is not to be taken
-        counts = []
+        counts, begun = [], set()
         for each in self.after:
-            if each.begins:
-                yield each.begins
+            begins = dict.fromkeys(index for index, name, _ in each.entries if name == "means" and index not in begun)
+            if begins:
+                begun.update(begins)
+                yield tuple(begins)
             counts.append(self._cross(each, sums))
         for own in flagged:
             own["grad_sq"] += own["finite"]
@@ -281,17 +276,12 @@ class Reduction:
 
     def _cross(self, each: _Round, sums: Sequence[dict[str, Tensor] | None]) -> Tensor:
         """Add up over a group. Returns how many ranks have each member's gradient."""
-        shapes = {
-            (index, spec.name): spec.shape for index in {i for i, _ in each.entries} for spec in self._specs(index)
-        }
         device = self.members[each.entries[0][0]].sharding.device
         pieces = []
-        for index, name in each.entries:
+        for index, name, size in each.entries:
             own = sums[index]
-            if own is None:
-                pieces.append(torch.zeros(shapes[index, name], dtype=each.dtype, device=device).view(-1))
-            else:
-                pieces.append(own[name].view(-1))
+            absent = own is None
+            pieces.append(torch.zeros(size, dtype=each.dtype, device=device) if absent else own[name].view(-1))
         present = torch.ones(len(each.members), dtype=each.dtype, device=device)
         for place, index in enumerate(each.members):
             if sums[index] is None:
@@ -302,9 +292,6 @@ class Reduction:
         torch._foreach_copy_(pieces, crossed)  # pyright: ignore[reportPrivateImportUsage]
         return count
 
-    def _specs(self, index: int) -> tuple[TensorSpec, ...]:
-        return self.members[index].plan.sums
-
     def _check(self, each: _Round, count: Tensor, sums: Sequence[dict[str, Tensor] | None]) -> None:
         size = dist.get_world_size(each.group)
         if count.device.type == "cpu":
@@ -314,7 +301,8 @@ class Reduction:
         for place, index in enumerate(each.members):
             own = sums[index]
             if own is not None:
-                own["grad_sq"].masked_fill_(partial[place], float("nan"))
+                for name in {"grad_sq", "finite"} & own.keys():
+                    own[name].masked_fill_(partial[place], float("nan"))
         seen = torch.empty(count.shape, dtype=count.dtype, pin_memory=True).copy_(count, non_blocking=True)
         event = torch.Event(count.device)
         event.record()

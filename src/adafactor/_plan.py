@@ -271,7 +271,7 @@ def piece_of(plan: TensorPlan, part: Part) -> TensorPlan:
         crossings = [
             Crossing(ROWS, ("row_sq",), by_col),
             Crossing(SUMS, names, by_row),
-            Crossing(SUMS, ("finite",), by_col + by_matrix),
+            Crossing(SUMS, ("finite",), by_row + by_col + by_matrix if by_col + by_matrix else ()),
             Crossing(MEANS, ("means",), means),
         ]
         if by_col + by_matrix:
