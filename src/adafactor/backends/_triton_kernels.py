@@ -34,7 +34,7 @@ CHUNK = 128  # columns that one program of finalize takes
 WIDTHS = (64, 256, 1024, 2048, 4096, 8192)  # of a tile in a sweep; wider rows are read twice
 NARROW = (64, 256, 1024)  # of a tile in apply; wider rows are cut into panels
 GROUP = 128  # columns that share a scale of one-byte momentum
-WARPS = 8
+SWEEP_WARPS, WARPS = 16, 8
 
 _W = tl.constexpr(ROW_BYTES // 8)
 _TILE = tl.constexpr(TILE)
@@ -58,9 +58,10 @@ _LR_AT, _STRIP_ROWS, _STRIPS, _BLOCK_ROWS, _BLOCKS = (_F[name] for name in CUT[:
 _CHUNKS, _PADDED, _WIDTH = (_F[name] for name in CUT[5:8])
 _PARTIAL_AT, _STRIP_AT, _ROW_AT, _COL_AT, _ROOT_AT, _CHUNK_AT, _TOTAL_AT = (_F[name] for name in CUT[8:])
 
-# Numbers per strip, and per matrix in front of t: the sum of g^2; of R, or of U^2 for a full V; of p^2.
+# Numbers per strip, and per matrix: the sum of g^2; of R, or of U^2 for a full V; of p^2. Behind them t, beta2, 1 - beta2.
 STRIP_SUMS = 2
-TOTALS = 4
+TOTALS = 3
+ABOUT_STEP = 3
 _STRIP_SUMS = tl.constexpr(STRIP_SUMS)
 _TOTALS = tl.constexpr(TOTALS)
 
@@ -98,8 +99,24 @@ def _tensor(row, field: tl.constexpr, T: tl.constexpr, ALIGNED: tl.constexpr):
 
 
 @triton.jit
+def _rows_of(row, scratch):
+    """R of this step: in scratch, or where the caller keeps it between a sweep and an apply."""
+    kept = _whole(row, _NEW_R)
+    at = kept.to(tl.pointer_type(tl.float32))
+    if kept == 0:
+        at = scratch + _whole(row, _ROW_AT)
+    return at
+
+
+@triton.jit
+def _both(mask, flag):
+    """A mask, where an integer is not 0; the interpreter does not spread single booleans."""
+    return (mask.to(tl.int32) * flag) != 0
+
+
+@triton.jit
 def _columns(row, ALIGNED: tl.constexpr):
-    m = tl.load(row + _COLS)
+    m = tl.load(row + _COLS).to(tl.int32)
     if ALIGNED:
         m = tl.multiple_of(m, 16)
     return m
@@ -164,15 +181,24 @@ def _key(row, field: tl.constexpr, t):
 
 
 @triton.jit
-def _random_bits(key, other, index):
-    """16 of them for each element: two neighbours share a hash."""
-    pair = index >> 1
-    word = pair.to(tl.uint32) ^ ((pair >> 32).to(tl.uint32) * tl.full((), 0x9E3779B9, tl.uint32) + key)
-    return ((_mix(word, other) >> ((index & 1) << 4).to(tl.uint32)) & 0xFFFF).to(tl.int32)
+def _random_bits(keys, start, offset):
+    """16 of them for each element, whose index is start + offset: two neighbours share a hash.
+
+    Only the low word of the pair's index changes from element to element, and carries into the high one once at most.
+    """
+    key, other = keys
+    offset = offset.to(tl.uint32) + (start & 1).to(tl.uint32)
+    first = start >> 1
+    low, high = first.to(tl.uint32), (first >> 32).to(tl.uint32)
+    pair = low + (offset >> 1)
+    salt = high * tl.full((), 0x9E3779B9, tl.uint32) + key
+    carried = (high + 1) * tl.full((), 0x9E3779B9, tl.uint32) + key
+    word = pair ^ tl.where(pair < low, carried, salt)
+    return ((_mix(word, other) >> ((offset & 1) << 4)) & 0xFFFF).to(tl.int32)
 
 
 @triton.jit
-def _rounded(x, T: tl.constexpr, STOCHASTIC: tl.constexpr, key, other, index):
+def _rounded(x, T: tl.constexpr, STOCHASTIC: tl.constexpr, keys, start, offset):
     """x in T, and what that is in float32."""
     if T == tl.float32:
         out = x
@@ -183,7 +209,7 @@ def _rounded(x, T: tl.constexpr, STOCHASTIC: tl.constexpr, key, other, index):
         sign = word & -0x80000000
         if T == tl.bfloat16:
             if STOCHASTIC:
-                near = (size + _random_bits(key, other, index)) & -0x10000
+                near = (size + _random_bits(keys, start, offset)) & -0x10000
                 near = tl.where(near > 0x7F7F0000, 0x7F7F0000, near)
             else:
                 near = (size + 0x7FFF + ((size >> 16) & 1)) & -0x10000
@@ -197,7 +223,7 @@ def _rounded(x, T: tl.constexpr, STOCHASTIC: tl.constexpr, key, other, index):
                 small = size < 0x38800000
                 lifted = size.to(tl.float32, bitcast=True) + tl.where(small, 6.103515625e-05, 0.0)
                 lifted = lifted.to(tl.int32, bitcast=True)
-                near = (lifted + (_random_bits(key, other, index) >> 3)) & -0x2000
+                near = (lifted + (_random_bits(keys, start, offset) >> 3)) & -0x2000
                 near = tl.where(near > 0x477FE000, 0x477FE000, near)
                 near = tl.where(lifted < 0x7F800000, near, lifted)
                 even = near.to(tl.float32, bitcast=True) - tl.where(small, 6.103515625e-05, 0.0)
@@ -211,12 +237,14 @@ def _rounded(x, T: tl.constexpr, STOCHASTIC: tl.constexpr, key, other, index):
 def _load_weight(p, low, lowest, offset, mask, P: tl.constexpr, PLANES: tl.constexpr):
     weight = tl.load(p + offset, mask=mask, other=0.0)
     if PLANES == 0:
-        return weight.to(tl.float32)
-    word = weight.to(tl.int16, bitcast=True).to(tl.int32) << 16
-    word += tl.load(low + offset, mask=mask, other=0).to(tl.int32) << 8
-    if PLANES == 2:
-        word += tl.load(lowest + offset, mask=mask, other=0).to(tl.int32) & 0xFF
-    return word.to(tl.float32, bitcast=True)
+        x = weight.to(tl.float32)
+    else:
+        word = weight.to(tl.int16, bitcast=True).to(tl.int32) << 16
+        word += tl.load(low + offset, mask=mask, other=0).to(tl.int32) << 8
+        if PLANES == 2:
+            word += tl.load(lowest + offset, mask=mask, other=0).to(tl.int32) & 0xFF
+        x = word.to(tl.float32, bitcast=True)
+    return x
 
 
 @triton.jit
@@ -230,13 +258,12 @@ def _store_weight(
     P: tl.constexpr,
     PLANES: tl.constexpr,
     STOCHASTIC: tl.constexpr,
-    key,
-    other,
-    index,
+    keys,
+    start,
 ):
     """Gives what was written, in float32."""
     if PLANES == 0:
-        out, value = _rounded(x, P, STOCHASTIC, key, other, index)
+        out, value = _rounded(x, P, STOCHASTIC, keys, start, offset)
         tl.store(p + offset, out, mask=mask)
     else:
         word = x.to(tl.int32, bitcast=True)
@@ -266,7 +293,7 @@ def _per_element(of_group, ROWS: tl.constexpr, WIDE: tl.constexpr):
 
 @triton.jit
 def _quantize(
-    M, here, ROWS: tl.constexpr, WIDE: tl.constexpr, GROUPS: tl.constexpr, STOCHASTIC: tl.constexpr, key, other, index
+    M, here, ROWS: tl.constexpr, WIDE: tl.constexpr, GROUPS: tl.constexpr, STOCHASTIC: tl.constexpr, keys, start, offset
 ):
     """Codes, and a scale per group of columns."""
     word = M.to(tl.int32, bitcast=True)
@@ -283,7 +310,7 @@ def _quantize(
     square = tl.where(_per_element(good.to(tl.int32), ROWS, WIDE) != 0, square, 0.0)
     code = tl.floor(tl.sqrt_rn(square))
     if STOCHASTIC:
-        draw = (_random_bits(key, other, index).to(tl.float32) + 0.5) * 1.52587890625e-05
+        draw = (_random_bits(keys, start, offset).to(tl.float32) + 0.5) * 1.52587890625e-05
     else:
         draw = 0.5
     code += ((square - code * code) > draw * (2 * code + 1)).to(tl.float32)
@@ -292,33 +319,30 @@ def _quantize(
 
 # Sweep
 
+# Offsets within a tile are of 32 bits, and those of a tile of 64.
+
 
 @triton.jit
-def _sweep_rows(
-    row, g, old_R, new_R, partial, sums, begin, end, m, padded, G: tl.constexpr, BC: tl.constexpr, t, ALIGNED: tl.constexpr
-):
-    """Rows that fit into a tile: each is read once."""
-    RB: tl.constexpr = _TILE // BC
-    beta2, rest = _beta2(row, t)
-    eps1 = _real(row, _EPS1).to(tl.float32)
-    count = _whole(row, _WHOLE_COLS).to(tl.float32)
+def _sweep_rows(g, old_R, new_R, partial, sums, count, m, padded, average, TILE: tl.constexpr, BC: tl.constexpr):
+    """`count` rows that fit into a tile: each is read once."""
+    RB: tl.constexpr = TILE // BC
+    beta2, rest, eps1, whole = average
     rows, cols = tl.arange(0, RB), tl.arange(0, BC)
     in_row = (cols < m)[None, :]
+    offset = rows[:, None] * m + cols[None, :]
     col_sq = tl.zeros((RB, BC), tl.float32)
     col_ratio = tl.zeros((RB, BC), tl.float32)
     grad_sq = tl.zeros((RB,), tl.float32)
     row_sum = tl.zeros((RB,), tl.float32)
-    offset = rows.to(tl.int64)[:, None] * m + cols[None, :]
-    g += begin * m
-    ahead = tl.load(g + offset, mask=(begin + rows < end)[:, None] & in_row, other=0.0)
-    for i in range(begin, end, RB):
-        here = rows + i < end
+    ahead = tl.load(g + offset, mask=(rows < count)[:, None] & in_row, other=0.0)
+    for i in range(0, count, RB):
+        here = rows + i < count
         G2 = ahead.to(tl.float32)
         G2 = G2 * G2
         g += RB * m
-        ahead = tl.load(g + offset, mask=(rows + RB + i < end)[:, None] & in_row, other=0.0)
+        ahead = tl.load(g + offset, mask=(rows + RB + i < count)[:, None] & in_row, other=0.0)
         row_sq = tl.sum(G2, 1)
-        R = tl.load(old_R + i + rows, mask=here, other=0.0) * beta2 + rest * (tl.div_rn(row_sq, count) + eps1)
+        R = tl.load(old_R + i + rows, mask=here, other=0.0) * beta2 + rest * (tl.div_rn(row_sq, whole) + eps1)
         tl.store(new_R + i + rows, R, mask=here)
         grad_sq += row_sq
         row_sum += tl.where(here, R, 0.0)
@@ -331,68 +355,63 @@ def _sweep_rows(
 
 
 @triton.jit
-def _sweep_wide(
-    row, g, old_R, new_R, partial, sums, begin, end, m, padded, G: tl.constexpr, t, ALIGNED: tl.constexpr
-):
+def _sweep_wide(g, old_R, new_R, partial, sums, count, m, padded, average, TILE: tl.constexpr):
     """Rows that do not: a few at a time are read twice, the second time from the cache, and columns added in place."""
-    RB: tl.constexpr = _TILE // _PANEL
-    beta2, rest = _beta2(row, t)
-    eps1 = _real(row, _EPS1).to(tl.float32)
-    count = _whole(row, _WHOLE_COLS).to(tl.float32)
+    RB: tl.constexpr = TILE // _PANEL
+    beta2, rest, eps1, whole = average
     rows, cols = tl.arange(0, RB), tl.arange(0, _PANEL)
+    offset = rows[:, None] * m + cols[None, :]
     grad_sq = tl.zeros((RB,), tl.float32)
     row_sum = tl.zeros((RB,), tl.float32)
-    offset = rows.to(tl.int64)[:, None] * m + cols[None, :]
-    for i in range(begin, end, RB):
-        here = rows + i < end
-        at = g + i * m
+    for i in range(0, count, RB):
+        here = rows + i < count
         sq = tl.zeros((RB, _PANEL), tl.float32)
         for j in range(0, m, _PANEL):
-            x = tl.load(at + j + offset, mask=here[:, None] & (cols + j < m)[None, :], other=0.0).to(tl.float32)
+            x = tl.load(g + j + offset, mask=here[:, None] & (cols + j < m)[None, :], other=0.0).to(tl.float32)
             sq += x * x
         row_sq = tl.sum(sq, 1)
-        R = tl.load(old_R + i + rows, mask=here, other=0.0) * beta2 + rest * (tl.div_rn(row_sq, count) + eps1)
+        R = tl.load(old_R + i + rows, mask=here, other=0.0) * beta2 + rest * (tl.div_rn(row_sq, whole) + eps1)
         tl.store(new_R + i + rows, R, mask=here)
         grad_sq += row_sq
         row_sum += tl.where(here, R, 0.0)
         inverse = tl.where(here, tl.div_rn(1.0, tl.where(here, R, 1.0)), 0.0)[:, None]
         for j in range(0, m, _PANEL):
             in_row = cols + j < m
-            x = tl.load(at + j + offset, mask=here[:, None] & in_row[None, :], other=0.0).to(tl.float32)
+            x = tl.load(g + j + offset, mask=here[:, None] & in_row[None, :], other=0.0).to(tl.float32)
             G2 = x * x
             place = partial + j + cols
-            old = in_row & (i > begin)
+            old = _both(in_row, i)
             tl.store(place, tl.load(place, mask=old, other=0.0) + tl.sum(G2, 0), mask=in_row)
             place += padded
             tl.store(place, tl.load(place, mask=old, other=0.0) + tl.sum(G2 * inverse, 0), mask=in_row)
+        g += RB * m
         tl.debug_barrier()  # the next rows read what other threads may have written
     tl.store(sums, tl.sum(grad_sq, 0))
     tl.store(sums + 1, tl.sum(row_sum, 0))
 
 
 @triton.jit
-def _moved(row, V, g, t):
+def _moved(V, g, beta2, rest, eps1):
     """V <- beta2 V + (1 - beta2) (g^2 + eps1)"""
-    beta2, rest = _beta2(row, t)
-    return V * beta2 + rest * (g * g + _real(row, _EPS1).to(tl.float32))
+    return V * beta2 + rest * (g * g + eps1)
 
 
 @triton.jit
-def _sweep_full(row, g, sums, begin, end, G: tl.constexpr, ALIGNED: tl.constexpr, t):
-    """The sums of g^2 and U^2."""
-    V = _tensor(row, _R, tl.float32, ALIGNED)
-    cols = tl.arange(0, _TILE)
-    grad_sq = tl.zeros((_TILE,), tl.float32)
-    update_sq = tl.zeros((_TILE,), tl.float32)
-    whole = begin + (end - begin) // _TILE * _TILE
-    for j in range(begin, whole, _TILE):
+def _sweep_full(g, V, sums, count, average):
+    """The sums of g^2 and U^2 of `count` elements."""
+    beta2, rest, eps1, _ = average
+    cols = tl.arange(0, _PANEL)
+    grad_sq = tl.zeros((_PANEL,), tl.float32)
+    update_sq = tl.zeros((_PANEL,), tl.float32)
+    whole = count // _PANEL * _PANEL
+    for j in range(0, whole, _PANEL):
         x = tl.load(g + j + cols).to(tl.float32)
         grad_sq += x * x
-        update_sq += tl.div_rn(x * x, _moved(row, tl.load(V + j + cols), x, t))
-    if whole < end:
-        here = cols + whole < end
+        update_sq += tl.div_rn(x * x, _moved(tl.load(V + j + cols), x, beta2, rest, eps1))
+    if whole < count:
+        here = cols + whole < count
         x = tl.load(g + whole + cols, mask=here, other=0.0).to(tl.float32)
-        moved = _moved(row, tl.load(V + whole + cols, mask=here, other=1.0), x, t)
+        moved = _moved(tl.load(V + whole + cols, mask=here, other=1.0), x, beta2, rest, eps1)
         grad_sq += x * x
         update_sq += tl.div_rn(x * x, tl.where(here, moved, 1.0))
     tl.store(sums, tl.sum(grad_sq, 0))
@@ -405,42 +424,42 @@ def sweep(table, items, scratch, G: tl.constexpr, ALIGNED: tl.constexpr):
     item = tl.load(items + tl.program_id(0))
     row = table + (item >> 32) * _W
     strip = item & 0xFFFFFFFF
-    t = tl.load(_numbers(row, _STEP)).to(tl.float64) + 1
+    beta2, rest = _beta2(row, tl.load(_numbers(row, _STEP)).to(tl.float64) + 1)
+    average = beta2, rest, _real(row, _EPS1).to(tl.float32), _whole(row, _WHOLE_COLS).to(tl.float32)
     g = _tensor(row, _G, G, ALIGNED)
     sums = scratch + _whole(row, _STRIP_AT) + strip * _STRIP_SUMS
     height = _whole(row, _STRIP_ROWS)
     if _whole(row, _FACTORED) == 0:
         begin = strip * height
-        _sweep_full(row, g, sums, begin, tl.minimum(begin + height, _whole(row, _COLS)), G, ALIGNED, t)
+        count = tl.minimum(height, _whole(row, _COLS) - begin).to(tl.int32)
+        _sweep_full(g + begin, _tensor(row, _R, tl.float32, ALIGNED) + begin, sums, count, average)
     else:
-        m, n = _columns(row, ALIGNED), _whole(row, _ROWS)
-        strips = _whole(row, _STRIPS)
+        m, n, strips = _columns(row, ALIGNED), _whole(row, _ROWS), _whole(row, _STRIPS)
         matrix = strip // strips
         begin = strip % strips * height
-        end = tl.minimum(begin + height, n)
-        g += matrix * n * m
-        old_R = _numbers(row, _R) + matrix * n
-        new_R = _whole(row, _NEW_R).to(tl.pointer_type(tl.float32))
-        if _whole(row, _NEW_R) == 0:
-            new_R = scratch + _whole(row, _ROW_AT)
-        new_R += matrix * n
+        count = tl.minimum(height, n - begin).to(tl.int32)
+        at = matrix * n + begin
+        g += at * m
+        old_R = _numbers(row, _R) + at
+        new_R = _rows_of(row, scratch) + at
         padded = _whole(row, _PADDED)
         partial = scratch + _whole(row, _PARTIAL_AT) + strip * 2 * padded
+        TILE: tl.constexpr = _TILE // (1 if ALIGNED else 2)  # as registers allow
         width = _whole(row, _WIDTH)
         if width == 64:
-            _sweep_rows(row, g, old_R, new_R, partial, sums, begin, end, m, padded, G, 64, t, ALIGNED)
+            _sweep_rows(g, old_R, new_R, partial, sums, count, m, padded, average, TILE, 64)
         elif width == 256:
-            _sweep_rows(row, g, old_R, new_R, partial, sums, begin, end, m, padded, G, 256, t, ALIGNED)
+            _sweep_rows(g, old_R, new_R, partial, sums, count, m, padded, average, TILE, 256)
         elif width == 1024:
-            _sweep_rows(row, g, old_R, new_R, partial, sums, begin, end, m, padded, G, 1024, t, ALIGNED)
+            _sweep_rows(g, old_R, new_R, partial, sums, count, m, padded, average, TILE, 1024)
         elif width == 2048:
-            _sweep_rows(row, g, old_R, new_R, partial, sums, begin, end, m, padded, G, 2048, t, ALIGNED)
+            _sweep_rows(g, old_R, new_R, partial, sums, count, m, padded, average, TILE, 2048)
         elif width == 4096:
-            _sweep_rows(row, g, old_R, new_R, partial, sums, begin, end, m, padded, G, 4096, t, ALIGNED)
-        elif width == 8192:
-            _sweep_rows(row, g, old_R, new_R, partial, sums, begin, end, m, padded, G, 8192, t, ALIGNED)
+            _sweep_rows(g, old_R, new_R, partial, sums, count, m, padded, average, TILE, 4096)
+        elif (width == 8192) & (TILE == 8192):
+            _sweep_rows(g, old_R, new_R, partial, sums, count, m, padded, average, TILE, TILE)
         else:
-            _sweep_wide(row, g, old_R, new_R, partial, sums, begin, end, m, padded, G, t, ALIGNED)
+            _sweep_wide(g, old_R, new_R, partial, sums, count, m, padded, average, TILE)
 
 
 # Finalize
@@ -539,7 +558,11 @@ def finalize(table, items, scratch, phases):
             tl.store(total + 1, second)
             tl.store(total + 2, param_sq)
             if matrix == 0:
-                tl.store(scratch + _whole(row, _TOTAL_AT) + matrices * _TOTALS, t.to(tl.float32))
+                beta2, rest = _beta2(row, t)
+                about_step = scratch + _whole(row, _TOTAL_AT) + matrices * _TOTALS
+                tl.store(about_step, t.to(tl.float32))
+                tl.store(about_step + 1, beta2)
+                tl.store(about_step + 2, rest)
 
 
 # Apply
@@ -548,12 +571,6 @@ def finalize(table, items, scratch, phases):
 @triton.jit
 def _finite(x):
     return (x.to(tl.int32, bitcast=True) & 0x7FFFFFFF) < 0x7F800000
-
-
-@triton.jit
-def _both(mask, flag):
-    """A mask where an integer is not 0; the interpreter does not spread single booleans."""
-    return (mask.to(tl.int32) & flag) != 0
 
 
 @triton.jit
@@ -568,8 +585,8 @@ def _settle(row, scratch, t, matrix):
 
     Sums that overflow, and weights that are not finite already, stop the step as a bad gradient does.
     """
-    MB: tl.constexpr = 16
-    CB: tl.constexpr = 64
+    MB: tl.constexpr = 8
+    CB: tl.constexpr = 32
     matrices, chunks = _whole(row, _MATRICES), _whole(row, _CHUNKS)
     scaled, shared = _whole(row, _PARAM_SQ) != 0, _whole(row, _SHARED_RMS) != 0
     count = (_whole(row, _WHOLE_ROWS) * _whole(row, _WHOLE_COLS)).to(tl.float64)
@@ -614,16 +631,14 @@ def _settle(row, scratch, t, matrix):
 
 @triton.jit
 def _descend(
-    row,
     tensors,
+    at,
     offset,
+    start,
     here,
-    index,
     U,
-    ok,
-    moves,
     factors,
-    keys,
+    decided,
     groups_at,
     in_group,
     P: tl.constexpr,
@@ -638,8 +653,10 @@ def _descend(
     p receives M as computed. What is kept of it is rounded as weights are.
     """
     p, low, lowest, m, m_scale = tensors
-    after, shrink, beta1, rest1, nesterov = factors
-    key, other, m_key, m_other = keys
+    p, low, lowest, m = p + at, low + at, lowest + at, m + at
+    _, after, shrink, beta1, rest1, nesterov = factors
+    ok, moves, keys = decided
+    weight_keys, momentum_keys = keys
     weight = _load_weight(p, low, lowest, offset, here, P, PLANES)
     step = U
     if M is not None:
@@ -653,16 +670,16 @@ def _descend(
             old = kept.to(tl.float32)
         fresh = old * beta1 + U * rest1
         if M == tl.int8:
-            codes, scale = _quantize(fresh, here, ROWS, WIDE, GROUPS, STOCHASTIC, m_key, m_other, index)
+            codes, scale = _quantize(fresh, here, ROWS, WIDE, GROUPS, STOCHASTIC, momentum_keys, start, offset)
             tl.store(m + offset, codes, mask=_both(here, ok))
             tl.store(m_scale + groups_at, scale, mask=_both(in_group, ok))
         else:
-            out, _ = _rounded(fresh, M, STOCHASTIC, m_key, m_other, index)
+            out, _ = _rounded(fresh, M, STOCHASTIC, momentum_keys, start, offset)
             tl.store(m + offset, out, mask=_both(here, ok))
         step = tl.where(nesterov, fresh * beta1 + U * rest1, fresh) * after
     step += weight * shrink
     written = _store_weight(
-        weight - step, p, low, lowest, offset, _both(here, moves), P, PLANES, STOCHASTIC, key, other, index
+        weight - step, p, low, lowest, offset, _both(here, moves), P, PLANES, STOCHASTIC, weight_keys, start
     )
     return tl.where(here, tl.where(moves != 0, written, weight), 0.0)
 
@@ -670,132 +687,168 @@ def _descend(
 @triton.jit
 def _apply_rows(
     row,
-    g,
-    tensors,
     new_R,
     b,
-    matrix,
-    begin,
-    end,
+    g,
+    tensors,
+    at,
+    start,
+    count,
     m,
     root_mean,
-    scale,
-    ok,
-    moves,
     factors,
-    keys,
+    decided,
     P: tl.constexpr,
-    G: tl.constexpr,
     M: tl.constexpr,
     PLANES: tl.constexpr,
     STOCHASTIC: tl.constexpr,
+    TILE: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """Gives the sum of p^2."""
-    # One-byte momentum and split weights need more registers for each element.
-    RB: tl.constexpr = _TILE // (4 if M == tl.int8 or PLANES > 0 else 2) // BC
+    """`count` rows, the first of which is row `at` of all and element `start` of the whole. Gives the sum of p^2."""
+    RB: tl.constexpr = TILE // BC
     GROUPS: tl.constexpr = (BC + _GROUP - 1) // _GROUP
-    n = _whole(row, _ROWS)
+    scale, ok = factors[0], decided[0]
     rows, cols, groups = tl.arange(0, RB), tl.arange(0, BC), tl.arange(0, GROUPS)
-    R_at = _numbers(row, _R) + matrix * n
     each = (m + _GROUP - 1) // _GROUP
-    first = _whole(row, _FIRST) + matrix * _whole(row, _MATRIX_STRIDE)
+    offset = rows[:, None] * m + cols[None, :]
+    beside = rows[:, None] * 0 + cols[None, :]  # in the layout of a tile: no exchange between threads
     param_sq = tl.zeros((RB, BC), tl.float32)
-    for i in range(begin, end, RB):
-        at = rows + i
-        in_strip = at < end
-        R = tl.load(new_R + at, mask=in_strip, other=1.0)
+    for i in range(0, count, RB):
+        in_strip = rows + i < count
+        R = tl.load(new_R + at + i + rows, mask=in_strip, other=1.0)
         a = (tl.div_rn(root_mean, tl.sqrt_rn(R)) * scale)[:, None]
-        tl.store(R_at + at, R, mask=_both(in_strip, ok))
-        from_row = ((matrix * n + at) * m)[:, None]
-        from_index = (first + at * _whole(row, _ROW_STRIDE))[:, None]
+        tl.store(_numbers(row, _R) + at + i + rows, R, mask=_both(in_strip, ok))
         for j in range(0, m, BC):
-            in_row = cols + j < m
-            here = in_strip[:, None] & in_row[None, :]
-            offset = from_row + (cols + j)[None, :]
-            U = tl.load(g + offset, mask=here, other=0.0).to(tl.float32)
-            U = U * tl.load(b + j + cols, mask=in_row, other=0.0)[None, :] * a
+            here = in_strip[:, None] & (cols + j < m)[None, :]
+            from_first = i * m + j
+            U = tl.load(g + at * m + from_first + offset, mask=here, other=0.0).to(tl.float32)
+            U = U * tl.load(b + j + beside, mask=here, other=0.0) * a
             group = groups + j // _GROUP
-            groups_at = (matrix * n + at)[:, None] * each + group[None, :]
+            groups_at = (rows + at + i)[:, None] * each + group[None, :]
             in_group = in_strip[:, None] & (group < each)[None, :]
-            index = from_index + (cols + j)[None, :]
             written = _descend(
-                row,
-                tensors,
-                offset,
-                here,
-                index,
-                U,
-                ok,
-                moves,
-                factors,
-                keys,
-                groups_at,
-                in_group,
-                P,
-                M,
-                PLANES,
-                STOCHASTIC,
-                RB,
-                BC,
-            )
+                tensors, at * m + from_first, offset, start + from_first, here, U, factors, decided,
+                groups_at, in_group, P, M, PLANES, STOCHASTIC, RB, BC,
+            )  # fmt: skip
             param_sq += written * written
     return tl.sum(tl.sum(param_sq, 1), 0)
+
+
+@triton.jit
+def _apply_matrix(
+    row,
+    scratch,
+    g,
+    tensors,
+    matrix,
+    begin,
+    height,
+    m,
+    factors,
+    decided,
+    P: tl.constexpr,
+    M: tl.constexpr,
+    PLANES: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    n = _whole(row, _ROWS)
+    count = tl.minimum(height, n - begin).to(tl.int32)
+    at = matrix * n + begin
+    start = _whole(row, _FIRST) + matrix * _whole(row, _MATRIX_STRIDE) + begin * _whole(row, _ROW_STRIDE)
+    new_R = _rows_of(row, scratch)
+    b = scratch + _whole(row, _ROOT_AT) + matrix * m
+    if ALIGNED:
+        b = tl.multiple_of(b, 16)
+    row_sum = tl.load(scratch + _whole(row, _TOTAL_AT) + matrix * _TOTALS + 1)
+    root_mean = tl.sqrt_rn(tl.div_rn(row_sum, _whole(row, _WHOLE_ROWS).to(tl.float32)))
+    TILE: tl.constexpr = _PANEL if M is None and PLANES == 0 and ALIGNED else _PANEL // 2  # as registers allow
+    width = _whole(row, _WIDTH)
+    if width == 64:
+        param_sq = _apply_rows(
+            row, new_R, b, g, tensors, at, start, count, m, root_mean, factors, decided,
+            P, M, PLANES, STOCHASTIC, TILE, 64,
+        )
+    elif width == 256:
+        param_sq = _apply_rows(
+            row, new_R, b, g, tensors, at, start, count, m, root_mean, factors, decided,
+            P, M, PLANES, STOCHASTIC, TILE, 256,
+        )
+    elif width == 1024:
+        param_sq = _apply_rows(
+            row, new_R, b, g, tensors, at, start, count, m, root_mean, factors, decided,
+            P, M, PLANES, STOCHASTIC, TILE, 1024,
+        )
+    else:
+        param_sq = _apply_rows(
+            row, new_R, b, g, tensors, at, start, count, m, root_mean, factors, decided,
+            P, M, PLANES, STOCHASTIC, TILE, TILE,
+        )
+    return param_sq
+
+
+@triton.jit
+def _full_tile(
+    g,
+    V_at,
+    tensors,
+    at,
+    start,
+    cols,
+    here,
+    moment,
+    factors,
+    decided,
+    P: tl.constexpr,
+    M: tl.constexpr,
+    PLANES: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    beta2, rest, eps1 = moment
+    x = tl.load(g + at + cols, mask=here, other=0.0).to(tl.float32)
+    V = _moved(tl.load(V_at + at + cols, mask=here, other=1.0), x, beta2, rest, eps1)
+    U = x * tl.div_rn(1.0, tl.sqrt_rn(tl.where(here, V, 1.0))) * factors[0]
+    tl.store(V_at + at + cols, V, mask=_both(here, decided[0]))
+    return _descend(
+        tensors, at, cols, start, here, U, factors, decided, cols, here, P, M, PLANES, STOCHASTIC, 1, WIDE
+    )
 
 
 @triton.jit
 def _apply_full(
     row,
     g,
+    V_at,
     tensors,
     begin,
-    end,
-    scale,
-    ok,
-    moves,
+    count,
+    moment,
     factors,
-    keys,
-    t,
+    decided,
     P: tl.constexpr,
-    G: tl.constexpr,
     M: tl.constexpr,
     PLANES: tl.constexpr,
     STOCHASTIC: tl.constexpr,
-    ALIGNED: tl.constexpr,
 ):
-    """The same for a full V. Its last tile is cut off, whose loads are of single elements."""
-    WIDE: tl.constexpr = _TILE // 4
-    V_at = _tensor(row, _R, tl.float32, ALIGNED)
+    """The same for `count` elements of a full V."""
+    WIDE: tl.constexpr = _PANEL // 2
     cols = tl.arange(0, WIDE)
-    first = _whole(row, _FIRST)
+    first = _whole(row, _FIRST) + begin
     param_sq = tl.zeros((WIDE,), tl.float32)
-    for j in range(begin, end, WIDE):
-        offset = cols + j
-        here = offset < end
-        x = tl.load(g + offset, mask=here, other=0.0).to(tl.float32)
-        V = _moved(row, tl.load(V_at + offset, mask=here, other=1.0), x, t)
-        U = x * tl.div_rn(1.0, tl.sqrt_rn(tl.where(here, V, 1.0))) * scale
-        tl.store(V_at + offset, V, mask=_both(here, ok))
-        written = _descend(
-            row,
-            tensors,
-            offset,
-            here,
-            first + offset,
-            U,
-            ok,
-            moves,
-            factors,
-            keys,
-            0,
-            here,
-            P,
-            M,
-            PLANES,
-            STOCHASTIC,
-            1,
-            WIDE,
-        )
+    whole = count // WIDE * WIDE
+    for j in range(0, whole, WIDE):
+        written = _full_tile(
+            g, V_at, tensors, begin + j, first + j, cols, cols >= 0, moment, factors, decided,
+            P, M, PLANES, STOCHASTIC, WIDE,
+        )  # fmt: skip
+        param_sq += written * written
+    if whole < count:
+        written = _full_tile(
+            g, V_at, tensors, begin + whole, first + whole, cols, cols + whole < count, moment, factors, decided,
+            P, M, PLANES, STOCHASTIC, WIDE,
+        )  # fmt: skip
         param_sq += written * written
     return tl.sum(param_sq, 0)
 
@@ -824,7 +877,8 @@ def apply(
     matrix, block = index // blocks, index % blocks
     matrices, m = _whole(row, _MATRICES), _columns(row, ALIGNED)
     total = scratch + _whole(row, _TOTAL_AT)
-    t = tl.load(total + matrices * _TOTALS).to(tl.float64)
+    about_step = total + matrices * _TOTALS
+    t = tl.load(about_step).to(tl.float64)
     ok, rho, rms_U, alpha, clip, clipped, shrink = _settle(row, scratch, t, matrix)
     ok = ok & (measure == 0).to(tl.int32)
     moves = ok & (rho != 0).to(tl.int32)
@@ -836,10 +890,7 @@ def apply(
     scale = (scale * tl.where(averages_U, 1.0, alpha)).to(tl.float32)
     after = tl.where(averages_U, alpha, 1.0).to(tl.float32)
     beta1 = _real(row, _BETA1)
-    factors = after, shrink, beta1.to(tl.float32), (1 - beta1).to(tl.float32), _whole(row, _NESTEROV) != 0
-    key, other = _key(row, _WEIGHTS, t)
-    m_key, m_other = _key(row, _MOMENTUM, t)
-    keys = key, other, m_key, m_other
+    keys = _key(row, _WEIGHTS, t), _key(row, _MOMENTUM, t)
 
     g, p = _tensor(row, _G, G, ALIGNED), _tensor(row, _P, P, ALIGNED)
     low, lowest = _tensor(row, _LOW, tl.int8, ALIGNED), _tensor(row, _LOWEST, tl.int8, ALIGNED)
@@ -847,45 +898,27 @@ def apply(
     if M is not None:
         average = _tensor(row, _M, M, ALIGNED)
     tensors = p, low, lowest, average, _numbers(row, _M_SCALE)
+    factors = scale, after, shrink, beta1.to(tl.float32), (1 - beta1).to(tl.float32), _whole(row, _NESTEROV) != 0
+    decided = ok, moves, keys
     begin = block * height
-    if _whole(row, _FACTORED) == 0:
-        end = tl.minimum(begin + height, m)
-        param_sq = _apply_full(
-            row, g, tensors, begin, end, scale, ok, moves, factors, keys, t, P, G, M, PLANES, STOCHASTIC, ALIGNED
+    if M == tl.int8:  # one-byte momentum is of matrices
+        param_sq = _apply_matrix(
+            row, scratch, g, tensors, matrix, begin, height, m, factors, decided, P, M, PLANES, STOCHASTIC, ALIGNED
         )
     else:
-        end = tl.minimum(begin + height, _whole(row, _ROWS))
-        new_R = _whole(row, _NEW_R).to(tl.pointer_type(tl.float32))
-        if _whole(row, _NEW_R) == 0:
-            new_R = scratch + _whole(row, _ROW_AT)
-        new_R += matrix * _whole(row, _ROWS)
-        b = scratch + _whole(row, _ROOT_AT) + matrix * m
-        if ALIGNED:
-            b = tl.multiple_of(b, 16)
-        mean_R = tl.load(total + matrix * _TOTALS + 1) / _whole(row, _WHOLE_ROWS).to(tl.float32)
-        root_mean = tl.sqrt_rn(mean_R)
-        width = _whole(row, _WIDTH)
-        if width == 64:
-            param_sq = _apply_rows(
-                row, g, tensors, new_R, b, matrix, begin, end, m, root_mean, scale, ok, moves, factors, keys,
-                P, G, M, PLANES, STOCHASTIC, 64,
-            )  # fmt: skip
-        elif width == 256:
-            param_sq = _apply_rows(
-                row, g, tensors, new_R, b, matrix, begin, end, m, root_mean, scale, ok, moves, factors, keys,
-                P, G, M, PLANES, STOCHASTIC, 256,
-            )  # fmt: skip
-        elif width == 1024:
-            param_sq = _apply_rows(
-                row, g, tensors, new_R, b, matrix, begin, end, m, root_mean, scale, ok, moves, factors, keys,
-                P, G, M, PLANES, STOCHASTIC, 1024,
-            )  # fmt: skip
+        if _whole(row, _FACTORED) == 0:
+            moment = tl.load(about_step + 1), tl.load(about_step + 2), _real(row, _EPS1).to(tl.float32)
+            count = tl.minimum(height, _whole(row, _COLS) - begin).to(tl.int32)
+            V = _tensor(row, _R, tl.float32, ALIGNED)
+            param_sq = _apply_full(
+                row, g, V, tensors, begin, count, moment, factors, decided, P, M, PLANES, STOCHASTIC
+            )
         else:
-            param_sq = _apply_rows(
-                row, g, tensors, new_R, b, matrix, begin, end, m, root_mean, scale, ok, moves, factors, keys,
-                P, G, M, PLANES, STOCHASTIC, _PANEL,
-            )  # fmt: skip
-        # What belongs to the matrix as a whole is shared out among its blocks.
+            param_sq = _apply_matrix(
+                row, scratch, g, tensors, matrix, begin, height, m, factors, decided, P, M, PLANES, STOCHASTIC, ALIGNED
+            )
+    # What belongs to the matrix as a whole is shared out among its blocks.
+    if _whole(row, _FACTORED) != 0:
         each = (m + blocks - 1) // blocks
         lanes = tl.arange(0, 256)
         for j in range(block * each, tl.minimum((block + 1) * each, m), 256):

@@ -28,7 +28,7 @@ name = "triton"
 STRIP_ROWS = 128  # the column sums of a strip cost 16 bytes per column; its elements 8 or more in all
 STRIP_LEAST, STRIP_MOST = 1 << 17, 1 << 21  # elements
 STRIP_FULL = 1 << 15  # elements of a full V
-BLOCK = 1 << 16  # elements that a program of apply takes, in whole rows
+BLOCK = 1 << 17  # elements that a program of apply takes, in whole rows
 PARTIAL_BYTES = 16 << 20  # of column sums in a wave, and of one parameter if it can be
 WAVE_BYTES = 1 << 30  # of gradients in a wave
 _SWEEP, _APPLY = 1, 2
@@ -175,7 +175,7 @@ def _wave(members: range, cuts: Sequence[Cut]) -> Wave:
             one.matrices * one.cols * bool(one.rows),
             one.matrices * one.cols * bool(one.rows),
             one.matrices * one.chunks,
-            one.matrices * kernels.TOTALS + 1,
+            one.matrices * kernels.TOTALS + kernels.ABOUT_STEP,
         )
         places = []
         for size in sizes:
@@ -262,7 +262,8 @@ def _run_kind(kind: _Kind, tasks: list[Task], phases: int) -> None:
 
 def launch(kernel: Any, table: Tensor, items: Tensor, scratch: Tensor, *arguments: int, **constants: Any) -> None:
     """One kernel, a program for each item. Products and sums stay apart: fused, they would have other bits."""
-    options = {"num_warps": _module()[0].WARPS, "enable_fp_fusion": False}
+    kernels = _module()[0]
+    options = {"num_warps": kernels.SWEEP_WARPS if kernel is kernels.sweep else kernels.WARPS, "enable_fp_fusion": False}
     kernel[(len(items),)](table, items, scratch, *arguments, **constants, **options)
 
 
