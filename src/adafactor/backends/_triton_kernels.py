@@ -234,10 +234,20 @@ def _rounded(x, T: tl.constexpr, STOCHASTIC: tl.constexpr, keys, start, offset):
 
 
 @triton.jit
+def _float32(x):
+    """By its bits from bfloat16: the interpreter's conversion loses the smallest numbers."""
+    if x.dtype == tl.bfloat16:
+        wide = (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    else:
+        wide = x.to(tl.float32)
+    return wide
+
+
+@triton.jit
 def _load_weight(p, low, lowest, offset, mask, P: tl.constexpr, PLANES: tl.constexpr):
     weight = tl.load(p + offset, mask=mask, other=0.0)
     if PLANES == 0:
-        x = weight.to(tl.float32)
+        x = _float32(weight)
     else:
         word = weight.to(tl.int16, bitcast=True).to(tl.int32) << 16
         word += tl.load(low + offset, mask=mask, other=0).to(tl.int32) << 8
@@ -337,7 +347,7 @@ def _sweep_rows(g, old_R, new_R, partial, sums, count, m, padded, average, TILE:
     ahead = tl.load(g + offset, mask=(rows < count)[:, None] & in_row, other=0.0)
     for i in range(0, count, RB):
         here = rows + i < count
-        G2 = ahead.to(tl.float32)
+        G2 = _float32(ahead)
         G2 = G2 * G2
         g += RB * m
         ahead = tl.load(g + offset, mask=(rows + RB + i < count)[:, None] & in_row, other=0.0)
@@ -367,7 +377,7 @@ def _sweep_wide(g, old_R, new_R, partial, sums, count, m, padded, average, TILE:
         here = rows + i < count
         sq = tl.zeros((RB, _PANEL), tl.float32)
         for j in range(0, m, _PANEL):
-            x = tl.load(g + j + offset, mask=here[:, None] & (cols + j < m)[None, :], other=0.0).to(tl.float32)
+            x = _float32(tl.load(g + j + offset, mask=here[:, None] & (cols + j < m)[None, :], other=0.0))
             sq += x * x
         row_sq = tl.sum(sq, 1)
         R = tl.load(old_R + i + rows, mask=here, other=0.0) * beta2 + rest * (tl.div_rn(row_sq, whole) + eps1)
@@ -377,7 +387,7 @@ def _sweep_wide(g, old_R, new_R, partial, sums, count, m, padded, average, TILE:
         inverse = tl.where(here, tl.div_rn(1.0, tl.where(here, R, 1.0)), 0.0)[:, None]
         for j in range(0, m, _PANEL):
             in_row = cols + j < m
-            x = tl.load(g + j + offset, mask=here[:, None] & in_row[None, :], other=0.0).to(tl.float32)
+            x = _float32(tl.load(g + j + offset, mask=here[:, None] & in_row[None, :], other=0.0))
             G2 = x * x
             place = partial + j + cols
             old = _both(in_row, i)
@@ -405,12 +415,12 @@ def _sweep_full(g, V, sums, count, average):
     update_sq = tl.zeros((_PANEL,), tl.float32)
     whole = count // _PANEL * _PANEL
     for j in range(0, whole, _PANEL):
-        x = tl.load(g + j + cols).to(tl.float32)
+        x = _float32(tl.load(g + j + cols))
         grad_sq += x * x
         update_sq += tl.div_rn(x * x, _moved(tl.load(V + j + cols), x, beta2, rest, eps1))
     if whole < count:
         here = cols + whole < count
-        x = tl.load(g + whole + cols, mask=here, other=0.0).to(tl.float32)
+        x = _float32(tl.load(g + whole + cols, mask=here, other=0.0))
         moved = _moved(tl.load(V + whole + cols, mask=here, other=1.0), x, beta2, rest, eps1)
         grad_sq += x * x
         update_sq += tl.div_rn(x * x, tl.where(here, moved, 1.0))
@@ -444,7 +454,7 @@ def sweep(table, items, scratch, G: tl.constexpr, ALIGNED: tl.constexpr):
         new_R = _rows_of(row, scratch) + at
         padded = _whole(row, _PADDED)
         partial = scratch + _whole(row, _PARTIAL_AT) + strip * 2 * padded
-        TILE: tl.constexpr = _TILE // (1 if ALIGNED else 2)  # as registers allow
+        TILE: tl.constexpr = _TILE // (1 if ALIGNED and G != tl.float32 else 2)  # as registers allow
         width = _whole(row, _WIDTH)
         if width == 64:
             _sweep_rows(g, old_R, new_R, partial, sums, count, m, padded, average, TILE, 64)
@@ -667,7 +677,7 @@ def _descend(
             scale = tl.load(m_scale + groups_at, mask=in_group, other=0.0)
             old = (code * tl.abs(code)) * _per_element(scale, ROWS, WIDE)
         else:
-            old = kept.to(tl.float32)
+            old = _float32(kept)
         fresh = old * beta1 + U * rest1
         if M == tl.int8:
             codes, scale = _quantize(fresh, here, ROWS, WIDE, GROUPS, STOCHASTIC, momentum_keys, start, offset)
@@ -677,7 +687,7 @@ def _descend(
             out, _ = _rounded(fresh, M, STOCHASTIC, momentum_keys, start, offset)
             tl.store(m + offset, out, mask=_both(here, ok))
         step = tl.where(nesterov, fresh * beta1 + U * rest1, fresh) * after
-    step += weight * shrink
+    step = tl.where(shrink != 0, step + weight * shrink, step)
     written = _store_weight(
         weight - step, p, low, lowest, offset, _both(here, moves), P, PLANES, STOCHASTIC, weight_keys, start
     )
@@ -716,13 +726,13 @@ def _apply_rows(
     param_sq = tl.zeros((RB, BC), tl.float32)
     for i in range(0, count, RB):
         in_strip = rows + i < count
-        R = tl.load(new_R + at + i + rows, mask=in_strip, other=1.0)
+        R = tl.load(new_R + at + i + rows, mask=_both(in_strip, ok), other=1.0)
         a = (tl.div_rn(root_mean, tl.sqrt_rn(R)) * scale)[:, None]
         tl.store(_numbers(row, _R) + at + i + rows, R, mask=_both(in_strip, ok))
         for j in range(0, m, BC):
             here = in_strip[:, None] & (cols + j < m)[None, :]
             from_first = i * m + j
-            U = tl.load(g + at * m + from_first + offset, mask=here, other=0.0).to(tl.float32)
+            U = _float32(tl.load(g + at * m + from_first + offset, mask=here, other=0.0))
             U = U * tl.load(b + j + beside, mask=here, other=0.0) * a
             group = groups + j // _GROUP
             groups_at = (rows + at + i)[:, None] * each + group[None, :]
@@ -807,7 +817,7 @@ def _full_tile(
     WIDE: tl.constexpr,
 ):
     beta2, rest, eps1 = moment
-    x = tl.load(g + at + cols, mask=here, other=0.0).to(tl.float32)
+    x = _float32(tl.load(g + at + cols, mask=here, other=0.0))
     V = _moved(tl.load(V_at + at + cols, mask=here, other=1.0), x, beta2, rest, eps1)
     U = x * tl.div_rn(1.0, tl.sqrt_rn(tl.where(here, V, 1.0))) * factors[0]
     tl.store(V_at + at + cols, V, mask=_both(here, decided[0]))

@@ -261,10 +261,14 @@ def _run_kind(kind: _Kind, tasks: list[Task], phases: int) -> None:
 
 
 def launch(kernel: Any, table: Tensor, items: Tensor, scratch: Tensor, *arguments: int, **constants: Any) -> None:
-    """One kernel, a program for each item. Products and sums stay apart: fused, they would have other bits."""
+    """One kernel, a program for each item."""
+    kernel[(len(items),)](table, items, scratch, *arguments, **constants, **options_of(kernel))
+
+
+def options_of(kernel: Any) -> dict[str, Any]:
+    """Products and sums stay apart: fused, they would have other bits than the reference's."""
     kernels = _module()[0]
-    options = {"num_warps": kernels.SWEEP_WARPS if kernel is kernels.sweep else kernels.WARPS, "enable_fp_fusion": False}
-    kernel[(len(items),)](table, items, scratch, *arguments, **constants, **options)
+    return {"num_warps": kernels.SWEEP_WARPS if kernel is kernels.sweep else kernels.WARPS, "enable_fp_fusion": False}
 
 
 def _element(dtype: torch.dtype | None) -> Any:
@@ -285,12 +289,19 @@ def _load(device: torch.device, tasks: list[Task]) -> list[_Loaded]:
 
 def _table(tasks: list[Task], wave: Wave) -> bytes:
     """The rows: records, where lr is if it lies on the device, and cuts."""
-    lrs = [task.lr for task in tasks]
-    at = [lr.data_ptr() if isinstance(lr, Tensor) and lr.device == task.p.device else 0 for lr, task in zip(lrs, tasks, strict=True)]
-    numbers = [math.nan if address else _records.number(lr) for address, lr in zip(at, lrs, strict=True)]
+    for task in tasks:
+        if on_device(task.lr, task.p.device):
+            task.lr = task.lr.to(task.p.device)  # type: ignore[union-attr]  # the task keeps it alive
+    at = [task.lr.data_ptr() if on_device(task.lr, task.p.device) else 0 for task in tasks]  # type: ignore[union-attr]
+    numbers = [math.nan if address else _records.number(task.lr) for address, task in zip(at, tasks, strict=True)]
     records = memoryview(_records.table(tasks, _records.versions_of(tasks), numbers))
     rows = [records[start : start + _records.BYTES] for start in range(0, len(records), _records.BYTES)]
     return b"".join(chain.from_iterable(zip(rows, map(_ADDRESS.pack, at), wave.cuts, strict=True)))
+
+
+def on_device(lr: Any, device: torch.device) -> bool:
+    """Whether lr is a tensor whose value nobody waits for: kernels read it where it is."""
+    return isinstance(lr, Tensor) and "cpu" not in (lr.device.type, device.type)
 
 
 # To the device
