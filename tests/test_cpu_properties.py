@@ -23,7 +23,7 @@ from torch import Tensor
 from _cases import LAYOUTS, MODES, Shape, Snapshot, assert_close, assert_same_bits, snapshot
 from adafactor import Adafactor
 from adafactor._rounding import random_bits, round_stochastic, step_key, stream_key
-from adafactor.backends import Task, allocate_sums, cpu
+from adafactor.backends import Task, _records, allocate_sums, cpu
 
 pytestmark = pytest.mark.skipif(cpu.missing() is not None, reason=str(cpu.missing()))
 

@@ -21,12 +21,12 @@ from adafactor._hyper import Hyper, dtype_name, dtype_of
 from adafactor._plan import TensorPlan
 from adafactor.backends import Task
 
-_NOW = "g sums new_r known lr".split()  # what changes from step to step: zeros until `table` fills it in
-_PLACES = "p low lowest m m_scale r c step report param_sq".split()
-_GEOMETRY = "matrices rows cols whole_rows whole_cols first matrix_stride row_stride".split()
-_KINDS = "p_format g_format m_format factored shared_rms".split()
-_MODES = "relative_step warmup_init scaled_momentum nesterov maximize decay stochastic".split()
-_REALS = "eps1 eps2 clip_threshold decay_rate beta1 beta2 beta2_cap weight_decay".split()
+_NOW = ["g", "sums", "new_r", "known", "lr"]  # what changes from step to step: zeros until `table` fills it in
+_PLACES = ["p", "low", "lowest", "m", "m_scale", "r", "c", "step", "report", "param_sq"]
+_GEOMETRY = ["matrices", "rows", "cols", "whole_rows", "whole_cols", "first", "matrix_stride", "row_stride"]
+_KINDS = ["p_format", "g_format", "m_format", "factored", "shared_rms"]
+_MODES = ["relative_step", "warmup_init", "scaled_momentum", "nesterov", "maximize", "decay", "stochastic"]
+_REALS = ["eps1", "eps2", "clip_threshold", "decay_rate", "beta1", "beta2", "beta2_cap", "weight_decay"]
 FIELDS = (*_NOW, *_PLACES, *_GEOMETRY, *_KINDS, *_MODES, *_REALS, "weights_stream", "momentum_stream")
 BYTES = 8 * len(FIELDS)
 _PREPARED = struct.Struct(f"{len(_PLACES + _GEOMETRY + _KINDS + _MODES)}q {len(_REALS)}d 4i")

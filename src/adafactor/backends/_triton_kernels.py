@@ -1,8 +1,8 @@
 """Sweep, finalize and apply for GPUs, in Triton: a translation of reference.py, whose comments stand at the same steps.
 
-One launch serves any number of parameters. A program takes one item of a list, `parameter << 32 | index`, and finds all
-it needs in the parameter's row of the table (`_records.FIELDS`, then `CUT`). How a parameter is cut depends on its shape
-alone, and sums have a fixed order, so results do not depend on what else is in the launch.
+One launch serves any number of parameters. A program takes one item of a list, `parameter << 32 | index`, and finds
+all it needs in the parameter's row of the table (`_records.FIELDS`, then `CUT`). How a parameter is cut depends on its
+shape alone, and sums have a fixed order, so results do not depend on what else is in the launch.
 
     sweep       strip of whole rows (of elements of a full V): R; column sums of g^2 and g^2 / R, one pair per strip
     finalize    chunk of columns: the sums over all strips; C, 1 / sqrt(C) and its part of mean(U^2)
@@ -11,9 +11,9 @@ alone, and sums have a fixed order, so results do not depend on what else is in 
 Arithmetic is float32, without fusion; what there is one of per parameter is float64.
 """
 
-# pyright: reportArgumentType=false, reportIndexIssue=false, reportOperatorIssue=false, reportCallIssue=false
+# pyright: reportArgumentType=false, reportIndexIssue=false, reportAssignmentType=false, reportOperatorIssue=false, reportCallIssue=false
 # pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false, reportReturnType=false
-# pyright: reportOptionalMemberAccess=false, reportPossiblyUnbound=false, reportInvalidTypeForm=false
+# pyright: reportOptionalMemberAccess=false, reportInvalidTypeForm=false
 
 import triton
 import triton.language as tl
@@ -58,7 +58,8 @@ _LR_AT, _STRIP_ROWS, _STRIPS, _BLOCK_ROWS, _BLOCKS = (_F[name] for name in CUT[:
 _CHUNKS, _PADDED, _WIDTH = (_F[name] for name in CUT[5:8])
 _PARTIAL_AT, _STRIP_AT, _ROW_AT, _COL_AT, _ROOT_AT, _CHUNK_AT, _TOTAL_AT = (_F[name] for name in CUT[8:])
 
-# Numbers per strip, and per matrix: the sum of g^2; of R, or of U^2 for a full V; of p^2. Behind them t, beta2, 1 - beta2.
+# Numbers per strip, and per matrix: the sum of g^2; of R, or of U^2 for a full V; of p^2. Behind them t, beta2 and
+# 1 - beta2.
 STRIP_SUMS = 2
 TOTALS = 3
 ABOUT_STEP = 3
@@ -200,14 +201,14 @@ def _random_bits(keys, start, offset):
 @triton.jit
 def _rounded(x, T: tl.constexpr, STOCHASTIC: tl.constexpr, keys, start, offset):
     """x in T, and what that is in float32."""
-    if T == tl.float32:
+    if tl.float32 == T:
         out = x
         value = x
     else:
         word = x.to(tl.int32, bitcast=True)
         size = word & 0x7FFFFFFF
         sign = word & -0x80000000
-        if T == tl.bfloat16:
+        if tl.bfloat16 == T:
             if STOCHASTIC:
                 near = (size + _random_bits(keys, start, offset)) & -0x10000
                 near = tl.where(near > 0x7F7F0000, 0x7F7F0000, near)
@@ -319,10 +320,9 @@ def _quantize(
     square = tl.where(square < 16129.0, square, 16129.0)
     square = tl.where(_per_element(good.to(tl.int32), ROWS, WIDE) != 0, square, 0.0)
     code = tl.floor(tl.sqrt_rn(square))
+    draw = 0.5
     if STOCHASTIC:
         draw = (_random_bits(keys, start, offset).to(tl.float32) + 0.5) * 1.52587890625e-05
-    else:
-        draw = 0.5
     code += ((square - code * code) > draw * (2 * code + 1)).to(tl.float32)
     return tl.where(word < 0, -code, code).to(tl.int8), scale
 
@@ -454,7 +454,7 @@ def sweep(table, items, scratch, G: tl.constexpr, ALIGNED: tl.constexpr):
         new_R = _rows_of(row, scratch) + at
         padded = _whole(row, _PADDED)
         partial = scratch + _whole(row, _PARTIAL_AT) + strip * 2 * padded
-        TILE: tl.constexpr = _TILE // (1 if ALIGNED and G != tl.float32 else 2)  # as registers allow
+        TILE: tl.constexpr = _TILE // (1 if ALIGNED and tl.float32 != G else 2)  # as registers allow
         width = _whole(row, _WIDTH)
         if width == 64:
             _sweep_rows(g, old_R, new_R, partial, sums, count, m, padded, average, TILE, 64)
@@ -671,15 +671,15 @@ def _descend(
     step = U
     if M is not None:
         GROUPS: tl.constexpr = (WIDE + _GROUP - 1) // _GROUP
-        kept = tl.load(m + offset, mask=here, other=0.0 if M != tl.int8 else 0)
-        if M == tl.int8:
+        kept = tl.load(m + offset, mask=here, other=0.0 if tl.int8 != M else 0)
+        if tl.int8 == M:
             code = kept.to(tl.float32)
             scale = tl.load(m_scale + groups_at, mask=in_group, other=0.0)
             old = (code * tl.abs(code)) * _per_element(scale, ROWS, WIDE)
         else:
             old = _float32(kept)
         fresh = old * beta1 + U * rest1
-        if M == tl.int8:
+        if tl.int8 == M:
             codes, scale = _quantize(fresh, here, ROWS, WIDE, GROUPS, STOCHASTIC, momentum_keys, start, offset)
             tl.store(m + offset, codes, mask=_both(here, ok))
             tl.store(m_scale + groups_at, scale, mask=_both(in_group, ok))
@@ -777,23 +777,87 @@ def _apply_matrix(
     width = _whole(row, _WIDTH)
     if width == 64:
         param_sq = _apply_rows(
-            row, new_R, b, g, tensors, at, start, count, m, root_mean, factors, decided,
-            P, M, PLANES, STOCHASTIC, TILE, 64,
+            row,
+            new_R,
+            b,
+            g,
+            tensors,
+            at,
+            start,
+            count,
+            m,
+            root_mean,
+            factors,
+            decided,
+            P,
+            M,
+            PLANES,
+            STOCHASTIC,
+            TILE,
+            64,
         )
     elif width == 256:
         param_sq = _apply_rows(
-            row, new_R, b, g, tensors, at, start, count, m, root_mean, factors, decided,
-            P, M, PLANES, STOCHASTIC, TILE, 256,
+            row,
+            new_R,
+            b,
+            g,
+            tensors,
+            at,
+            start,
+            count,
+            m,
+            root_mean,
+            factors,
+            decided,
+            P,
+            M,
+            PLANES,
+            STOCHASTIC,
+            TILE,
+            256,
         )
     elif width == 1024:
         param_sq = _apply_rows(
-            row, new_R, b, g, tensors, at, start, count, m, root_mean, factors, decided,
-            P, M, PLANES, STOCHASTIC, TILE, 1024,
+            row,
+            new_R,
+            b,
+            g,
+            tensors,
+            at,
+            start,
+            count,
+            m,
+            root_mean,
+            factors,
+            decided,
+            P,
+            M,
+            PLANES,
+            STOCHASTIC,
+            TILE,
+            1024,
         )
     else:
         param_sq = _apply_rows(
-            row, new_R, b, g, tensors, at, start, count, m, root_mean, factors, decided,
-            P, M, PLANES, STOCHASTIC, TILE, TILE,
+            row,
+            new_R,
+            b,
+            g,
+            tensors,
+            at,
+            start,
+            count,
+            m,
+            root_mean,
+            factors,
+            decided,
+            P,
+            M,
+            PLANES,
+            STOCHASTIC,
+            TILE,
+            TILE,
         )
     return param_sq
 
@@ -821,9 +885,7 @@ def _full_tile(
     V = _moved(tl.load(V_at + at + cols, mask=here, other=1.0), x, beta2, rest, eps1)
     U = x * tl.div_rn(1.0, tl.sqrt_rn(tl.where(here, V, 1.0))) * factors[0]
     tl.store(V_at + at + cols, V, mask=_both(here, decided[0]))
-    return _descend(
-        tensors, at, cols, start, here, U, factors, decided, cols, here, P, M, PLANES, STOCHASTIC, 1, WIDE
-    )
+    return _descend(tensors, at, cols, start, here, U, factors, decided, cols, here, P, M, PLANES, STOCHASTIC, 1, WIDE)
 
 
 @triton.jit
@@ -911,7 +973,7 @@ def apply(
     factors = scale, after, shrink, beta1.to(tl.float32), (1 - beta1).to(tl.float32), _whole(row, _NESTEROV) != 0
     decided = ok, moves, keys
     begin = block * height
-    if M == tl.int8:  # one-byte momentum is of matrices
+    if tl.int8 == M:  # one-byte momentum is of matrices
         param_sq = _apply_matrix(
             row, scratch, g, tensors, matrix, begin, height, m, factors, decided, P, M, PLANES, STOCHASTIC, ALIGNED
         )
@@ -920,9 +982,7 @@ def apply(
             moment = tl.load(about_step + 1), tl.load(about_step + 2), _real(row, _EPS1).to(tl.float32)
             count = tl.minimum(height, _whole(row, _COLS) - begin).to(tl.int32)
             V = _tensor(row, _R, tl.float32, ALIGNED)
-            param_sq = _apply_full(
-                row, g, V, tensors, begin, count, moment, factors, decided, P, M, PLANES, STOCHASTIC
-            )
+            param_sq = _apply_full(row, g, V, tensors, begin, count, moment, factors, decided, P, M, PLANES, STOCHASTIC)
         else:
             param_sq = _apply_matrix(
                 row, scratch, g, tensors, matrix, begin, height, m, factors, decided, P, M, PLANES, STOCHASTIC, ALIGNED

@@ -99,7 +99,7 @@ def apply(tasks: Sequence[Task]) -> None:
 
 
 class Cut(NamedTuple):
-    """How one parameter is cut: a matrix into strips of rows for sweep, blocks of rows for apply; columns into chunks."""
+    """How one parameter is cut: matrices into strips of rows for sweep and blocks for apply, columns into chunks."""
 
     matrices: int
     rows: int  # 0 for a full V
@@ -127,7 +127,9 @@ def cut(factored: bool, dims: tuple[int, int, int]) -> Cut:
     block_rows = min(block_rows, rows)
     padded = -(-m // kernels.CHUNK) * kernels.CHUNK
     width = next((width for width in kernels.WIDTHS if m <= width), 0)
-    return Cut(matrices, n, m, rows, -(-n // rows), block_rows, -(-n // block_rows), padded // kernels.CHUNK, padded, width)
+    return Cut(
+        matrices, n, m, rows, -(-n // rows), block_rows, -(-n // block_rows), padded // kernels.CHUNK, padded, width
+    )
 
 
 # Waves
@@ -315,7 +317,9 @@ class _Pinned(NamedTuple):
 
 
 _ring: dict[torch.device, list[_Pinned]] = {}
-_reserve: dict[torch.device, Tensor] = {}  # for CUDA graphs: while one is captured, nothing can be allocated or waited for
+_reserve: dict[
+    torch.device, Tensor
+] = {}  # for CUDA graphs: while one is captured, nothing can be allocated or waited for
 _captured: list[Tensor] = []  # what graphs copy from whenever they are replayed
 _RESERVE = 1 << 17  # int64
 
