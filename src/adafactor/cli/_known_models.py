@@ -136,9 +136,7 @@ def gpt2(width: int, layers: int) -> Sketch:
     return model
 
 
-def llama(
-    layers: int, width: int, inner: int, keys: int, vocabulary: int = 128_256, *, tied: bool = False
-) -> Sketch:
+def llama(layers: int, width: int, inner: int, keys: int, vocabulary: int = 128_256, *, tied: bool = False) -> Sketch:
     """Llama 3 (arXiv 2407.21783) and Mistral 7B (arXiv 2310.06825): keys and values of ``keys`` features, no biases."""
     model = Sketch()
     words = model.embed("model.embed_tokens", vocabulary, width)
