@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import cast
 
 import torch
 from torch import nn
@@ -18,10 +19,10 @@ class Sketch(nn.Module):
 
     def add(self, path: str, *shape: int, bias: int = 0) -> None:
         """A module with a weight, and a bias of so many numbers."""
-        module = self._put(path, nn.Module())
-        module.weight = _parameter(*shape)
+        module = self.put(path, nn.Module())
+        module.weight = meta(*shape)
         if bias:
-            module.bias = _parameter(bias)
+            module.bias = meta(bias)
 
     def linear(self, path: str, out: int, into: int) -> None:
         """With a bias."""
@@ -32,27 +33,28 @@ class Sketch(nn.Module):
         self.add(path, width, bias=width)
 
     def embed(self, path: str, rows: int, width: int) -> nn.Parameter:
-        return self._put(path, nn.Embedding(rows, width, _weight=_parameter(rows, width))).weight
+        weight = meta(rows, width)
+        self.put(path, nn.Embedding(rows, width, _weight=weight)).weight = weight
+        return weight
 
     def tie(self, path: str, weight: nn.Parameter, *, embeds: bool = False, bias: int = 0) -> None:
         """Another module with the same weight: an output layer, or an embedding."""
-        module = self._put(path, nn.Embedding(*weight.shape, _weight=weight) if embeds else nn.Module())
+        module = self.put(path, nn.Embedding(*weight.shape, _weight=weight) if embeds else nn.Module())
         module.weight = weight
         if bias:
-            module.bias = _parameter(bias)
+            module.bias = meta(bias)
 
-    def _put(self, path: str, module: nn.Module) -> nn.Module:
+    def put(self, path: str, module: nn.Module) -> nn.Module:
+        """Straight into the tables that torch walks: a checkpoint's names may be those of methods."""
         *way, last = path.split(".")
         parent: nn.Module = self
         for name in way:
-            if name not in parent._modules:
-                parent.add_module(name, nn.Module())
-            parent = parent.get_submodule(name)
-        parent.add_module(last, module)
+            parent = cast(nn.Module, parent._modules.setdefault(name, nn.Module()))
+        parent._modules[last] = module
         return module
 
 
-def _parameter(*shape: int) -> nn.Parameter:
+def meta(*shape: int) -> nn.Parameter:
     return nn.Parameter(torch.empty(shape, device="meta"))
 
 
@@ -171,7 +173,7 @@ def palm(layers: int, width: int, heads: int) -> Sketch:
         model.add(f"{block}.mlp.gate", 4 * width, width)
         model.add(f"{block}.mlp.up", 4 * width, width)
         model.add(f"{block}.mlp.down", width, 4 * width)
-    model.add("final_norm", width)
+    model.add("norm", width)
     model.tie("output", words)
     return model
 
