@@ -39,18 +39,23 @@ class Sketch(nn.Module):
 
     def tie(self, path: str, weight: nn.Parameter, *, embeds: bool = False, bias: int = 0) -> None:
         """Another module with the same weight: an output layer, or an embedding."""
-        module = self.put(path, nn.Embedding(*weight.shape, _weight=weight) if embeds else nn.Module())
+        rows, width = weight.shape
+        module = self.put(path, nn.Embedding(rows, width, _weight=weight) if embeds else nn.Module())
         module.weight = weight
         if bias:
             module.bias = meta(bias)
 
     def put(self, path: str, module: nn.Module) -> nn.Module:
-        """Straight into the tables that torch walks: a checkpoint's names may be those of methods."""
-        *way, last = path.split(".")
-        parent: nn.Module = self
-        for name in way:
-            parent = cast(nn.Module, parent._modules.setdefault(name, nn.Module()))
-        parent._modules[last] = module
+        way, _, last = path.rpartition(".")
+        self.at(way)._modules[last] = module
+        return module
+
+    def at(self, path: str) -> nn.Module:
+        """The module of that path, made where there is none."""
+        module: nn.Module = self
+        for name in path.split(".") if path else []:
+            # Straight into the table that torch walks: a checkpoint's names may be those of methods.
+            module = cast(nn.Module, module._modules.setdefault(name, nn.Module()))
         return module
 
 

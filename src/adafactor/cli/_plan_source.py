@@ -207,8 +207,8 @@ def _from_index(path: Path) -> Source:
 def _from_headers(name: str, files: list[Path]) -> Source:
     model, kinds, counted = Sketch(), set[str](), {"floats": 0, "others": 0}
     for tensor, shape, kind in _headers(files):
-        path, _, last = f".{tensor}".rpartition(".")
-        owner = _owner(model, path.lstrip("."))
+        path, _, last = tensor.rpartition(".")
+        owner = model.at(path)
         if kind.startswith(("F", "BF")) and not _BUFFERS.search(tensor):
             owner._parameters[last] = meta(*shape)
             counted["floats"] += math.prod(shape)
@@ -242,13 +242,6 @@ def _headers(files: list[Path]) -> Iterator[tuple[str, list[int], str]]:
                     yield name, view.get_shape(), view.get_dtype()
         except SafetensorError as error:
             raise UserError(f"SOURCE: {file} is not a complete safetensors file: {error}") from error
-
-
-def _owner(model: Sketch, path: str) -> nn.Module:
-    try:
-        return model.get_submodule(path) if path else model
-    except AttributeError:
-        return model.put(path, nn.Module())
 
 
 # --- a function ---
