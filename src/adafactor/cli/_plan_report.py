@@ -65,8 +65,8 @@ def collect(source: Source, cases: list[Found], device_memory: float, activation
     return {
         "format": 1,
         "kind": "plan",
-        "headline": " ".join(answers),
-        "answers": answers,
+        "headline": answers[0][0],
+        "answers": [" ".join(both) for both in answers],
         "notes": notes,
         "model": source.title,
         "origin": source.origin,
@@ -81,8 +81,8 @@ def collect(source: Source, cases: list[Found], device_memory: float, activation
     }
 
 
-def _answer(source: Source, case: Found, device_memory: float, activations: float) -> str:
-    """Does it fit, with what, and what of AdamW."""
+def _answer(source: Source, case: Found, device_memory: float, activations: float) -> tuple[str, str]:
+    """Does it fit, and with what; and AdamW?"""
     rows, ranks = case["rows"], case["ranks"]
     ours, theirs = ([row for row in rows if row["ours"] is side] for side in (True, False))
     where = f"on {device_memory:g} GB" if ranks == 1 else f"on {ranks:,} devices of {device_memory:g} GB"
@@ -108,7 +108,7 @@ def _answer(source: Source, case: Found, device_memory: float, activations: floa
         beside = "AdamW and Lion fit, too, in every mode."
     else:
         beside = f"Of AdamW and Lion {', '.join(others)} fit{'s' * (len(others) == 1)}, too."
-    return f"{source.title} {where}{less}: {said}. {beside}"
+    return f"{source.title} {where}{less}: {said}.", beside
 
 
 def parts_of(case: Found) -> list[str]:
@@ -199,17 +199,24 @@ def _panel(ax: Axes, found: Found, case: Found) -> None:
     on = f", on each of {case['ranks']:,} ranks" if case["ranks"] > 1 else ""
     ax.set_title(f"{found['model']}{on}", loc="left", fontsize=12, fontweight="bold", color=INK, pad=22)
     left = [0.0] * len(rows)
-    titles = [row["title"] for row in rows]
     for kind, color in PARTS:
         widths = [row[kind] / scale for row in rows]
-        ax.barh(titles, widths, left=left, color=color, height=0.68, edgecolor="white", linewidth=0.5)
+        ax.barh(range(len(rows)), widths, left=left, color=color, height=0.68, edgecolor="white", linewidth=0.5)
         left = [a + b for a, b in zip(left, widths, strict=True)]
     for i, row in enumerate(rows):
         ax.annotate(
             size(row["total"]), (left[i], i), (5, 0), textcoords="offset points", va="center", fontsize=9.5,
             fontweight="bold" if row["fits"] else "normal", color=INK if row["fits"] else MUTED,
-            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1.0},
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.9, "pad": 1.0}, zorder=4,
         )  # fmt: skip
+        if i + 1 < len(rows) and row["group"] != rows[i + 1]["group"]:
+            ax.axhline(i + 0.5, color=MUTED, lw=0.8, ls=(0, (2, 3)))
+        if row["ours"] and (i + 1 == len(rows) or row["group"] != rows[i + 1]["group"]):
+            ax.annotate(
+                row["group"], (1, i), (-4, 0), xycoords=("axes fraction", "data"), textcoords="offset points",
+                ha="right", va="center", fontsize=10, fontweight="bold", color=INK, zorder=4,
+                bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.9, "pad": 1.0},
+            )  # fmt: skip
     marks = [(device, f"{size(device)}, a device")]
     if found["activations"]:
         marks = [(device - found["activations"], f"{size(device)} less {size(found['activations'])} of activations")]
@@ -226,11 +233,10 @@ def _panel(ax: Axes, found: Found, case: Found) -> None:
             textcoords="offset points", ha=side, va="bottom", fontsize=9.5, color=INK,
         )  # fmt: skip
     ax.set_xlim(0, right / scale)
-    ax.invert_yaxis()
+    ax.set_ylim(len(rows) - 0.4, -0.6)
+    ax.set_yticks(range(len(rows)), [row["short"] for row in rows])
     ax.grid(axis="y", visible=False)
     ax.tick_params(axis="y", labelcolor=INK)
-    for label, row in zip(ax.get_yticklabels(), rows, strict=True):
-        label.set_fontweight("bold" if row["ours"] else "normal")
     ax.set_xlabel(f"{unit} at the peak of a step, less activations; bold where it fits")
 
 
