@@ -83,12 +83,14 @@ def train_only(source: Source, prefix: str) -> None:
 
 
 def _no_such(text: str) -> str:
+    if "/" in text or text.endswith((".json", ".safetensors")):
+        return f"SOURCE: there is no file or folder {text!r}"
     close = difflib.get_close_matches(text.lower(), MODELS, n=3, cutoff=0.5)
     close = close or [name for name in MODELS if name.startswith(text.lower()[:4])][:3]
-    meant = f"did you mean {' or '.join(close)}? " if close else ""
+    meant = f"did you mean {' or '.join(close)}" if close else f"known models are {', '.join(MODELS)}"
     return (
         f"SOURCE: {text!r} is no known model, no file or folder, and no module:function; {meant}"
-        f"known are {', '.join(MODELS)}"
+        + "? (`adafactor plan --help` lists the known models)" * bool(close)
     )
 
 
@@ -158,6 +160,11 @@ def _from_config(path: Path) -> Source:
             kind: Any = getattr(transformers, str(named), None)
             model = _on_meta(lambda: transformers.AutoModel.from_config(config) if kind is None else kind(config))
         except Exception as error:
+            if "auto_map" in settings and "custom code" in str(error):
+                raise UserError(
+                    f"SOURCE: the model of {path} is code that comes with its checkpoint, which is not run here; give "
+                    "its safetensors files, or a module:function that builds it"
+                ) from error
             raise UserError(f"SOURCE: transformers cannot build the model of {path}: {_said(error)}") from error
     source = Source(_title(path, settings), f"{type(model).__name__} of transformers", model)
     if kind is None:
@@ -177,10 +184,14 @@ def _untie(source: Source, settings: dict[str, Any]) -> None:
 
     It does so for T5 v1.1 and mT5, and unties them when it loads the authors' weights.
     """
-    outputs: Any = getattr(source.model, "get_output_embeddings", lambda: None)()
-    inputs: Any = getattr(source.model, "get_input_embeddings", lambda: None)()
+    if settings.get("tie_word_embeddings") is not False:
+        return
+    try:
+        inputs, outputs = source.model.get_input_embeddings(), source.model.get_output_embeddings()  # type: ignore[operator]
+    except (NotImplementedError, AttributeError):  # models of several parts have none
+        return
     weight = getattr(outputs, "weight", None)
-    if settings.get("tie_word_embeddings") is False and weight is not None and weight is getattr(inputs, "weight", 0):
+    if weight is not None and weight is getattr(inputs, "weight", None):
         outputs.weight = meta(*weight.shape)
         source.notes.append(
             "The config says that the output layer is not tied to the embedding, so it is counted by itself, as in the "
@@ -198,7 +209,7 @@ def _from_index(path: Path) -> Source:
     names = sorted(set(files.values()))
     if missing := [name for name in names if not (path.parent / name).exists()]:
         raise UserError(
-            f"SOURCE: {path.name} lists {len(names)} files, of which {len(missing)} are not beside it, {missing[0]} "
+            f"SOURCE: of the {len(names)} files that {path.name} lists, {len(missing)} are not beside it, {missing[0]} "
             "among them; shapes are in the files' headers (a config.json would do without)"
         )
     return _from_headers(path.name, [path.parent / name for name in names])
@@ -293,7 +304,9 @@ def _said(error: BaseException) -> str:
 
 def _where(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
-    return f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
+    if not frames or frames[-1].filename == __file__:
+        return ""
+    return f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})"
 
 
 @contextlib.contextmanager
