@@ -247,7 +247,7 @@ def _headers(files: list[Path]) -> Iterator[tuple[str, list[int], str]]:
         if not file.is_file():
             raise UserError(f"SOURCE: {file} is no file")
         try:
-            with safe_open(file, framework="pt") as content:
+            with safe_open(file, framework="numpy") as content:
                 for name in content.keys():  # noqa: SIM118 - it is no mapping
                     view = content.get_slice(name)
                     yield name, view.get_shape(), view.get_dtype()
@@ -260,36 +260,50 @@ def _headers(files: list[Path]) -> Iterator[tuple[str, list[int], str]]:
 
 def _from_function(text: str) -> Source:
     name, _, attribute = text.partition(":")
-    sys.path.insert(0, "")  # as `python -m` has it
-    try:
-        with contextlib.redirect_stdout(sys.stderr):
-            place: Any = importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
-            raise UserError(f"SOURCE: importing {name} raised {_said(error)}{_where(error)}") from error
-        raise UserError(
-            f"SOURCE: there is no module {error.name!r} here or among the installed ones; run where it is, or set "
-            "PYTHONPATH"
-        ) from error
-    except Exception as error:
-        raise UserError(f"SOURCE: importing {name} raised {_said(error)}{_where(error)}") from error
-    finally:
-        sys.path.remove("")
-    for part in attribute.split("."):
-        if not hasattr(place, part):
-            close = difflib.get_close_matches(part, vars(place) if hasattr(place, "__dict__") else [], n=1)
-            raise UserError(f"SOURCE: {name} has no {attribute!r}" + "".join(f"; did you mean {c}?" for c in close))
-        place = getattr(place, part)
-    if not callable(place):
-        raise UserError(f"SOURCE: {text} is {type(place).__name__}, not a function that builds a model")
-    try:
-        with contextlib.redirect_stdout(sys.stderr):
-            model = _on_meta(place)
-    except (Exception, SystemExit) as error:
-        raise UserError(f"SOURCE: {text}() raised {_said(error)}{_where(error)}") from error
+    with _here():
+        build = _found(_imported(name), name, attribute)
+        if not callable(build):
+            raise UserError(f"SOURCE: {text} is {type(build).__name__}, not a function that builds a model")
+        try:
+            model = _on_meta(build)
+        except (Exception, SystemExit) as error:
+            raise UserError(f"SOURCE: {text}() raised {_said(error)}{_where(error)}") from error
     if not isinstance(model, nn.Module):
         raise UserError(f"SOURCE: {text}() returned {type(model).__name__}, not a torch.nn.Module")
     return Source(attribute, text, model)
+
+
+@contextlib.contextmanager
+def _here() -> Iterator[None]:
+    """Modules of the working directory can be imported, as `python -m` has it; what they print goes to stderr."""
+    sys.path.insert(0, "")
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        sys.path.remove("")
+
+
+def _imported(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except (Exception, SystemExit) as error:
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        if missing and f"{name}.".startswith(f"{missing}."):
+            raise UserError(
+                f"SOURCE: there is no module {missing!r} here or among the installed ones; run where it is, or set "
+                "PYTHONPATH"
+            ) from error
+        raise UserError(f"SOURCE: importing {name} raised {_said(error)}{_where(error)}") from error
+
+
+def _found(place: Any, name: str, attribute: str) -> Any:
+    for part in attribute.split("."):
+        if not hasattr(place, part):
+            close = difflib.get_close_matches(part, dir(place), n=1)
+            raise UserError(f"SOURCE: {name} has no {attribute!r}" + "".join(f"; did you mean {c}?" for c in close))
+        place = getattr(place, part)
+    return place
 
 
 def _on_meta(build: Callable[[], Any]) -> Any:
