@@ -132,11 +132,11 @@ def test_the_model_is_left_without_data(capsys: pytest.CaptureFixture[str]) -> N
 @pytest.mark.parametrize("given", ["folder", "file"])
 def test_a_config_is_built_by_transformers(given: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     transformers = pytest.importorskip("transformers")
-    path = config(tmp_path / "little-llama", LLAMA)
+    path = config(tmp_path / "little-llama[/b]", LLAMA)
     found = plan(capsys, str(path if given == "file" else path.parent))
     sizes = {key: value for key, value in LLAMA.items() if isinstance(value, int)}
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).bfloat16()
-    assert (found["model"], found["origin"]) == ("little-llama", "LlamaForCausalLM of transformers")
+    assert (found["model"], found["origin"]) == ("little-llama[/b]", "LlamaForCausalLM of transformers")
     assert found["parameters"] == sum(p.numel() for p in model.parameters())
     for mode in MODES:
         if mode.ours and mode.dtype == torch.bfloat16:

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from adafactor import __version__
@@ -130,7 +131,7 @@ def table(found: Found, case: Found) -> Table:
     scale, unit = _unit(case)
     made = Table(box=SIMPLE_HEAD, header_style="bold", padding=0, show_edge=False, title_justify="left")
     on = f", {unit} on each of {case['ranks']:,} ranks" if case["ranks"] > 1 else f", {unit}"
-    made.title = f"{found['model']}, {found['parameters']:,} parameters{on}"
+    made.title = f"{escape(found['model'])}, {found['parameters']:,} parameters{on}"
     made.add_column("\nMode", no_wrap=True)
     short = {"gradients": "gradi-\nents", "unsharded": "unshar-\nded", "temporaries": "tempo-\nraries"}
     for kind in parts_of(case):

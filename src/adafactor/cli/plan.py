@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from adafactor.cli import _options as options
 from adafactor.cli import _plan_report as report
@@ -43,15 +44,13 @@ def plan(
         float,
         typer.Option(
             metavar="GB",
-            help="Memory of a device, in 10^9 bytes. Cards have 7 % more, which their driver and allocator use up.",
+            help="Memory of a device, in 10^9 bytes; a card sold with 24 GB has 25.8, less what its driver takes.",
             rich_help_panel=_DEVICE,
         ),
     ] = 24.0,
     activations: Annotated[
         float,
-        typer.Option(
-            metavar="GB", help="What the batch takes on top; `bench --memory` measures it.", rich_help_panel=_DEVICE
-        ),
+        typer.Option(metavar="GB", help="What the batch takes on top.", rich_help_panel=_DEVICE),
     ] = 0.0,
     ranks: Annotated[
         str,
@@ -95,14 +94,14 @@ def plan(
         )
     counts = _parse_ranks(ranks)
     console = Console(stderr=True, highlight=False)
-    with console.status(f"building {source} without its weights"):
+    with console.status(escape(f"building {source} without its weights")):
         found = load(source)
     if train:
         train_only(found, train)
     if out is not None:
         new_run_directory(out, "choose another --out")
     room = 1e9 * (device_memory - activations)
-    with console.status(f"planning {found.title}"):
+    with console.status(escape(f"planning {found.title}")):
         cases = [measure(found.model, count, room) for count in counts]
         results = report.collect(found, cases, device_memory, activations, train)
     if out is not None:
