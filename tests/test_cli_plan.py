@@ -50,6 +50,12 @@ def rows(found: dict[str, Any], case: int = 0) -> dict[str, Any]:
     return {row["name"]: row for row in found["cases"][case]["rows"]}
 
 
+def printed(found: dict[str, Any], case: dict[str, Any]) -> str:
+    console = Console(width=80, file=io.StringIO(), record=True)
+    console.print(_plan_report.table(found, case))
+    return console.export_text()
+
+
 # --- the numbers --------------------------------------------------------------------------------------------------
 
 
@@ -132,11 +138,12 @@ def test_the_model_is_left_without_data(capsys: pytest.CaptureFixture[str]) -> N
 @pytest.mark.parametrize("given", ["folder", "file"])
 def test_a_config_is_built_by_transformers(given: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     transformers = pytest.importorskip("transformers")
-    path = config(tmp_path / "little-llama[/b]", LLAMA)
+    path = config(tmp_path / "little[bold]", LLAMA)
     found = plan(capsys, str(path if given == "file" else path.parent))
     sizes = {key: value for key, value in LLAMA.items() if isinstance(value, int)}
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).bfloat16()
-    assert (found["model"], found["origin"]) == ("little-llama[/b]", "LlamaForCausalLM of transformers")
+    assert (found["model"], found["origin"]) == ("little[bold]", "LlamaForCausalLM of transformers")
+    assert "little[bold], " in printed(found, found["cases"][0])
     assert found["parameters"] == sum(p.numel() for p in model.parameters())
     for mode in MODES:
         if mode.ours and mode.dtype == torch.bfloat16:
@@ -318,9 +325,7 @@ def test_the_run_directory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 def test_the_table_fits_a_terminal(source: str, capsys: pytest.CaptureFixture[str]) -> None:
     found = plan(capsys, source, "--ranks", "1,64")
     for case in found["cases"]:
-        console = Console(width=80, file=io.StringIO(), record=True)
-        console.print(_plan_report.table(found, case))
-        text = console.export_text()
+        text = printed(found, case)
         assert "…" not in text
         assert ("unshar-" in text) is (case["ranks"] == 64)
         assert [line.strip() for line in text.splitlines() if line.startswith(("AdamW", "Adafactor"))] == [
