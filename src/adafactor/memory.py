@@ -99,7 +99,7 @@ def report(model_or_shapes: Any, *, ranks: int = 1, in_backward: bool = False, *
     weights = sum(math.prod(first_piece(shape, ranks)) * dtype_of(dtype).itemsize for _, shape, dtype in everything)
     if isinstance(model_or_shapes, torch.nn.Module):
         weights += sum(buffer.nbytes for buffer in model_or_shapes.buffers())
-    uses = _uses(model_or_shapes, plans)
+    uses = _uses(model_or_shapes, plans, ranks)
     groups = _groups(everything, uses) if ranks > 1 else None
 
     def bytes_of(name: str, state: int, temporaries: int, in_backward: bool = False) -> Bytes:
@@ -107,7 +107,7 @@ def report(model_or_shapes: Any, *, ranks: int = 1, in_backward: bool = False, *
             gradients, at_step = _alive(uses, in_backward)
             unsharded, rest = 0, at_step + temporaries - gradients
         else:
-            gradients, unsharded = _sharded(groups, ranks, in_backward)
+            gradients, unsharded = _sharded(groups, in_backward)
             rest = temporaries - unsharded
         return Bytes(name, weights, gradients, state, max(0, rest), unsharded)
 
@@ -197,22 +197,27 @@ class _Use:
         name: of the parameter.
         key: the same for all uses of one parameter.
         nbytes: of the gradient.
+        shard: of the first rank's shard of it.
         own: it is a tensor that nothing else can see, so a second part is added into it. An output layer's is not.
     """
 
     name: str
     key: int
     nbytes: int
+    shard: int
     own: bool = True
 
 
-def _uses(model_or_shapes: Any, plans: Sequence[TensorPlan]) -> list[_Use]:
+def _uses(model_or_shapes: Any, plans: Sequence[TensorPlan], ranks: int) -> list[_Use]:
     """In the order in which modules are registered, which is that of forward as a rule."""
+
+    def use(name: str, key: int, shape: Shape, itemsize: int, own: bool = True) -> _Use:
+        return _Use(name, key, math.prod(shape) * itemsize, math.prod(first_piece(shape, ranks)) * itemsize, own)
+
     if not isinstance(model_or_shapes, torch.nn.Module):
-        sizes = (math.prod(tensor.whole) * _itemsize(tensor) for tensor in plans)
-        return [_Use(tensor.name, key, size) for key, (tensor, size) in enumerate(zip(plans, sizes, strict=True))]
+        return [use(tensor.name, key, tensor.whole, _itemsize(tensor)) for key, tensor in enumerate(plans)]
     return [
-        _Use(f"{path}.{name}".lstrip("."), id(p), p.nbytes, isinstance(module, torch.nn.Embedding))
+        use(f"{path}.{name}".lstrip("."), id(p), tuple(p.shape), p.itemsize, isinstance(module, torch.nn.Embedding))
         for path, module in model_or_shapes.named_modules()
         for name, p in module.named_parameters(recurse=False)
         if p.requires_grad
@@ -252,6 +257,10 @@ class _Group(NamedTuple):
     def gradients(self) -> int:
         return sum({use.key: use.nbytes for use in self.uses}.values())
 
+    @property
+    def shards(self) -> int:
+        return sum({use.key: use.shard for use in self.uses}.values())
+
 
 def _groups(everything: Iterable[tuple[str, Shape, str]], uses: Iterable[_Use]) -> list[_Group]:
     """The root's group, and one for each numbered block."""
@@ -269,7 +278,7 @@ def _block(name: str) -> str:
     return found[0] if found else ""
 
 
-def _sharded(groups: Sequence[_Group], ranks: int, in_backward: bool) -> tuple[int, int]:
+def _sharded(groups: Sequence[_Group], in_backward: bool) -> tuple[int, int]:
     """The shards of gradients that are alive, and what FSDP2 holds whole beside them, at the peak of a step.
 
     The root's weights stay gathered from forward to the end of backward. While a block goes through backward, there are
@@ -278,18 +287,15 @@ def _sharded(groups: Sequence[_Group], ranks: int, in_backward: bool) -> tuple[i
     """
     root, *blocks = groups
     two = sorted(blocks, key=lambda block: block.weights)[-2:]
-    pieces = {id(group): -(-group.gradients // ranks) for group in groups}
-    if in_backward:
-        shards = max(pieces[id(group)] for group in blocks or groups)
-        later = not_yet = 0
-    else:
-        shards, later = sum(pieces.values()), pieces[id(root)]
-        not_yet = sum(pieces[id(block)] for block in two)
     output = max((use.nbytes for use in root.uses if not use.own), default=0)
-    within = root.weights + output + sum(block.weights + block.gradients for block in two) - later - not_yet
+    within = root.weights + output + sum(block.weights + block.gradients for block in two)
     whole, _ = _alive(root.uses)
-    at_end = root.weights + whole + max((block.gradients for block in blocks), default=0) - later
-    return shards, max(0, within, at_end)
+    at_end = root.weights + whole + max((block.gradients for block in blocks), default=0)
+    if in_backward:
+        return max(group.shards for group in blocks or groups), max(within, at_end)
+    # Not all shards are there yet.
+    within -= root.shards + sum(block.shards for block in two)
+    return sum(group.shards for group in groups), max(within, at_end - root.shards)
 
 
 def _adamw_8bit(numel: int) -> int:
