@@ -97,12 +97,13 @@ class Kept:
         param_sq: the sums of p^2 that its last write of p left, which hold while nobody else writes to p, and p's
             fingerprint then.  # [matrices + 1]
         version: p's version then.
-        prepared: the backend's own.
+        prepared, kind: the backend's own.
     """
 
     param_sq: Tensor | None = None
     version: int | None = None
     prepared: Any = None
+    kind: Any = None
 
 
 class Backend(Protocol):
