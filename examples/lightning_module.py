@@ -62,7 +62,7 @@ def main(command_line: list[str] | None = None) -> L.Trainer:
         logger=False,
         enable_model_summary=False,
     )
-    train = torch.utils.data.DataLoader(blobs(2000, 1), batch_size=32, shuffle=True)
+    train = torch.utils.data.DataLoader(blobs(2000, 1), batch_size=32)
     trainer.fit(
         Classifier(), train, torch.utils.data.DataLoader(blobs(500, 2), batch_size=100), ckpt_path=options.resume
     )
