@@ -40,7 +40,7 @@ class Classifier(L.LightningModule):
     def validation_step(self, batch: list[Tensor], batch_index: int) -> None:
         self.log("val_loss", nn.functional.cross_entropy(self.layers(batch[0]), batch[1]), prog_bar=True)
 
-    def configure_optimizers(self) -> dict:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def configure_optimizers(self) -> dict:
         optimizer = adafactor.Adafactor(self.named_parameters(), **adafactor.recipes.adamw_like(1e-3))
         schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=1)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "monitor": "val_loss"}}

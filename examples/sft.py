@@ -26,7 +26,7 @@ def characters() -> PreTrainedTokenizerFast:
     alphabet = sorted({letter for question in QUESTIONS for letter in question["prompt"] + question["completion"]})
     vocabulary = {token: number for number, token in enumerate(["<pad>", "<end>", "<unknown>", *alphabet])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unknown>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")  # pyright: ignore[reportAttributeAccessIssue]
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>")
 
 

@@ -820,6 +820,7 @@ def test_a_function_that_never_says_so_and_one_that_says_so_too_early():
     optimizer.zero_grad()
     optimizer.step()
     assert_same_bits(everything(model, optimizer), before)
+    assert optimizer._in_backward is not None
     optimizer._in_backward.accumulation_steps = lambda: True
     loss_of(model, 0).backward()
     with pytest.raises(ValueError, match=r"backward pass 2 since the last optimizer\.step"):

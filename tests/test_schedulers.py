@@ -76,7 +76,7 @@ def courses(schedule, kind, in_backward=False, **arguments):
     for step in range(STEPS):
         seen.append([float(group["lr"]) for group in optimizer.param_groups])
         before = [group["params"][0].detach().clone() for group in groups]
-        sum(group["params"][0].sum() for group in groups).backward()
+        torch.stack([group["params"][0].sum() for group in groups]).sum().backward()
         optimizer.step()
         optimizer.zero_grad()
         after = [group["params"][0].detach() for group in groups]

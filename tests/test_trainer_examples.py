@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,16 @@ import pytest
 
 from _trainers import everything_is_put_back  # noqa: F401
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+ROOT = Path(__file__).parents[1]
+BLOCKS = re.findall(
+    r"^```python (\w+)\n(.*?)^```", (ROOT / "docs" / "trainers.md").read_text(), re.MULTILINE | re.DOTALL
+)
 pytestmark = pytest.mark.filterwarnings("ignore")  # as for who runs them
 
 
 def run(name: str, *command_line: str, needs: str) -> Any:
     pytest.importorskip(needs, reason=f"needs the package {needs}")
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     example = importlib.util.module_from_spec(spec)
@@ -31,23 +35,23 @@ def losses_of(trainer: Any) -> list[float]:
 
 @pytest.mark.parametrize(("name", "needs"), [("trainer", "accelerate"), ("sft", "trl")])
 def test_examples_of_transformers_and_trl(name, needs, tmp_path, capsys):
-    options = ["--steps", "20", "--out", str(tmp_path)]
+    options = ["--steps", "12", "--out", str(tmp_path)]
     whole = losses_of(run(name, *options, needs=needs))
     said = capsys.readouterr().out.splitlines()[-1]
-    assert len(whole) == 10
+    assert len(whole) == 12
     assert whole[-1] < whole[0] - 0.5
-    resumed = losses_of(run(name, *options, "--resume", str(tmp_path / "checkpoint-10"), needs=needs))
+    resumed = losses_of(run(name, *options, "--resume", str(tmp_path / "checkpoint-6"), needs=needs))
     assert resumed == whole
     assert capsys.readouterr().out.splitlines()[-1] == said
 
 
 def test_example_of_accelerate(tmp_path):
-    options = ["--windows", "600", "--out", str(tmp_path)]
+    options = ["--windows", "300", "--out", str(tmp_path)]
     whole = run("accelerate_loop", *options, needs="accelerate")
-    assert len(whole) == 2 * 38
-    assert sum(whole[-10:]) < sum(whole[:10]) - 10
+    assert len(whole) == 2 * 19
+    assert sum(whole[-10:]) < sum(whole[:10]) - 5
     resumed = run("accelerate_loop", *options, "--resume", str(tmp_path / "epoch-1"), needs="accelerate")
-    assert resumed == whole[38:]
+    assert resumed == whole[19:]
 
 
 def test_example_of_lightning(tmp_path):
@@ -57,6 +61,13 @@ def test_example_of_lightning(tmp_path):
     again = run("lightning_module", "--epochs", "2", "--out", str(tmp_path / "whole"), needs="lightning")
     assert resumed.callback_metrics == again.callback_metrics
     assert again.callback_metrics["val_loss"] < whole["val_loss"] - 0.05
+
+
+@pytest.mark.parametrize(("needs", "block"), BLOCKS, ids=[f"{needs}-{i}" for i, (needs, _) in enumerate(BLOCKS)])
+def test_the_page_s_code_runs(needs, block, tmp_path, monkeypatch):
+    pytest.importorskip(needs, reason=f"needs the package {needs}")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block, "docs/trainers.md", "exec"), {"__name__": "documentation"})
 
 
 @pytest.mark.parametrize("name", ["trainer", "sft", "accelerate_loop", "lightning_module"])

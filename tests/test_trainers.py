@@ -199,6 +199,16 @@ def test_lightning_may_fit_the_same_module_again(tmp_path):
     assert trainer.global_step == 12
 
 
+def test_lightning_may_change_the_accumulation(tmp_path):
+    watch = Watch()
+    schedule = lightning.pytorch.callbacks.GradientAccumulationScheduler({0: 4, 1: 2})
+    callbacks = [StepInBackward(), watch, schedule]
+    trainer = lightning_of(tmp_path / "ours", callbacks=callbacks, accumulate_grad_batches=1)
+    assert watch.gradients == [4, 4, 4, 0, 4, 4, 4, 0, 4, 4, 0, 4, 0, 4, 0, 4, 0, 4, 0, 4, 0, 0]
+    plain = lightning_of(tmp_path / "plain", callbacks=[schedule], accumulate_grad_batches=1)
+    assert_same_bits(fitted(trainer), fitted(plain))
+
+
 @pytest.mark.parametrize("callbacks", [[], [StepInBackward()]], ids=["plain", "in backward"])
 def test_lightning_resumes_from_its_checkpoint_to_the_same_bits(callbacks, tmp_path):
     whole = fitted(lightning_of(tmp_path, callbacks=callbacks))
@@ -239,7 +249,9 @@ def test_an_error_during_fit_leaves_nothing_behind(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["transformers_ddp", "accelerate_ddp", "accelerate_fsdp", "lightning_ddp"])
+@pytest.mark.parametrize(
+    "case", ["transformers_ddp", "transformers_fsdp", "accelerate_ddp", "accelerate_fsdp", "lightning_ddp"]
+)
 def test_two_processes_step_in_backward_to_the_bits_of_the_plain_step(case, tmp_path):
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     done = subprocess.run(

@@ -410,7 +410,7 @@ def _arrived(reference: weakref.ref[InBackward], p: Tensor) -> None:
         handle.arrived(p)
 
 
-def _last_pass(value: Any) -> Callable[[], bool] | None:
+def _last_pass(value: Any) -> Callable[[], object] | None:
     """What says whether the pass under way is the last one; None where passes are counted."""
     if value == "accelerate":
         try:

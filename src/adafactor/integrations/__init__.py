@@ -1,1 +1,1 @@
-"""What trainers need beside the optimizer, one file each; each imports its trainer. `docs/trainers.md` has the others."""
+"""What trainers need beside the optimizer: a file for each, which imports it. Most need none; see `docs/trainers.md`."""
