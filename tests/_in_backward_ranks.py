@@ -448,6 +448,27 @@ def fsdp_errors() -> dict[str, Any]:
     return messages
 
 
+def fsdp_norms() -> list[list[float]]:
+    """The norm of all gradients: of those that are gone, and of an expert's from the first of two passes."""
+    norms = []
+    for in_backward in (True, False):
+        model = fsdp("four", torch.float32)
+        optimizer = Adafactor(model.parameters(), lr=1e-2, step_in_backward=2 if in_backward else None)
+        norms.append([])
+        for step in range(3):
+            for micro in range(2):
+                tokens = tokens_of(2 * step + micro, "four")
+                model(tokens, micro).square().mean().backward()
+            assert [p.grad is None for p in model.parameters()].count(False) == 2 or not in_backward
+            norm: Any = torch.nn.utils.clip_grad_norm_(model.parameters(), torch.inf)
+            norms[-1].append(float(norm.full_tensor()))
+            optimizer.step()
+            optimizer.zero_grad()
+        if optimizer._in_backward is not None:
+            optimizer._in_backward.remove()
+    return norms
+
+
 def fsdp_gradients_alive() -> list[int]:
     """How many reduced gradients there were at once in eight groups: with the step in backward, and without."""
     most = []

@@ -80,6 +80,7 @@ ALONE = [
     ranks.ddp_with_uneven_data,
     ranks.fsdp_errors,
     ranks.fsdp_gradients_alive,
+    ranks.fsdp_norms,
     ranks.fsdp_optimizers,
     ranks.tensor_parallel,
 ]
@@ -137,6 +138,12 @@ def test_errors_under_fsdp_come_at_the_end_of_the_pass(results):
 
 def test_under_fsdp_the_gradients_of_two_groups_are_alive_at_once(results):
     assert good(results["fsdp_gradients_alive"]) == [[2, 8]] * 4
+
+
+def test_norms_of_sharded_gradients_that_are_gone(results):
+    for (first, *ours), (_, *plain) in good(results["fsdp_norms"]):
+        assert first != first
+        assert ours == pytest.approx(plain, rel=1e-6)
 
 
 def test_optimizers_that_share_fsdp_groups_take_a_collective_each(results):

@@ -332,13 +332,15 @@ class InBackward:
             if self._buckets.module is not None:
                 raise ValueError(guards.TWO_MODULES)
             self._buckets.leave(self)
-        self._buckets = buckets_of(module)
-        self._buckets.join(self)
+            self._buckets = None
+        buckets = buckets_of(module)
+        buckets.join(self)
+        self._buckets = buckets
 
     def norm_of(self, p: Tensor) -> Tensor:
         """The norm of the gradient that a parameter was stepped with; NaN when this is asked for the first time."""
         self._keeps_norms = True
-        return self._norms.get(id(p), torch.full((), torch.nan, device=p.device))
+        return self._norms[id(p)] if id(p) in self._norms else p.detach().new_full((), torch.nan)
 
     def note_reentrant_checkpoint(self) -> None:
         self._waits = True

@@ -66,7 +66,7 @@ def wrap_all() -> None:
     for scaler in scalers:
         scalers.extend(scaler.__subclasses__())
         wrap(scaler, "scale", _marked_scale)
-    wrap(DistributedDataParallel, "forward", _announced_forward)
+    wrap(DistributedDataParallel, "forward", _introduced_forward)
 
 
 def wrap(owner: Any, name: str, wrapper: Callable[[Any], Any]) -> None:
@@ -170,14 +170,14 @@ TWO_MODULES = (
 )
 
 
-def _announced_forward(forward: Callable[..., Any]) -> Callable[..., Any]:
-    def announced(self: DistributedDataParallel, *args: Any, **kwargs: Any) -> Any:
+def _introduced_forward(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def introduced(self: DistributedDataParallel, *args: Any, **kwargs: Any) -> Any:
         strangers = [handle for handle in live if not handle.knows(self)] if torch.is_grad_enabled() else []
         if strangers:
             _introduce(self, strangers)
         return forward(self, *args, **kwargs)
 
-    return announced
+    return introduced
 
 
 @uncompiled

@@ -1,1 +1,1 @@
-"""What trainers need beside the optimizer: a file for each, which imports it. Most need none; see `docs/trainers.md`."""
+"""What trainers need beside the optimizer: a file each, which imports it. Most need none; see `docs/trainers.md`."""
