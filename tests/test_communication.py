@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from functools import partial
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from _ranks import good, run_on_ranks
 from adafactor import Adafactor
+from adafactor.cli._known_models import llama
 from adafactor.memory import report
 
 ROOT = Path(__file__).parents[1]
@@ -24,20 +24,8 @@ if not (ROOT / "benchmarks").exists():
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import communication  # noqa: E402
 
-PUBLISHED = {
-    "Llama-3.2-1B": 1_235_814_400,
-    "Llama-3-8B": 8_030_261_248,
-    "Llama-3-70B": 70_553_706_496,
-    "Llama-3.1-405B": 405_853_388_800,
-    "T5-11B": 11_307_321_344,
-}
-SMALL = communication.llama(2, 70, 130, 33, vocabulary=301)
+SMALL = {name: tuple(p.shape) for name, p in llama(2, 70, 130, 33, vocabulary=301).named_parameters()}
 MODES = {"paper": {}, "adamw_like": {"lr": 1e-3, "beta1": 0.9}, "scaled": {"lr": 1e-3, "scale_parameter": True}}
-
-
-def test_the_models_have_the_published_numbers_of_parameters():
-    counted = {name: sum(map(math.prod, build().values())) for name, build in communication.MODELS.items()}
-    assert counted == PUBLISHED | {"PaLM-540B": pytest.approx(540.35e9, abs=0.01e9)}
 
 
 def test_the_page_has_the_table():

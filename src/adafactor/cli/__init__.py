@@ -1,4 +1,4 @@
-"""The command line: ``adafactor compare``, ``bench``, ``train`` and ``trace``."""
+"""The command line: ``adafactor compare``, ``bench``, ``plan``, ``train`` and ``trace``."""
 
 from __future__ import annotations
 
@@ -61,6 +61,7 @@ def build() -> Any:
     from adafactor import __version__
     from adafactor.cli.bench import bench
     from adafactor.cli.compare import compare
+    from adafactor.cli.plan import plan
     from adafactor.cli.trace import trace
     from adafactor.cli.train import train
 
@@ -83,7 +84,7 @@ def build() -> Any:
     ) -> None:
         pass
 
-    for command in (compare, bench, train, trace):
+    for command in (compare, bench, plan, train, trace):
         app.command()(command)
     return app
 

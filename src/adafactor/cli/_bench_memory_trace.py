@@ -31,15 +31,17 @@ _MARK = "adafactor.mark "
 
 @dataclass(frozen=True)
 class Peaks:
-    """Bytes by kind at two moments of a step.
+    """Bytes by kind at three moments of a step.
 
     Args:
         kept: when weights, gradients and state together are largest.
         total: when all is largest.
+        planned: when all but the activations is largest, which is what ``memory.report`` computes.
     """
 
     kept: dict[str, int]
     total: dict[str, int]
+    planned: dict[str, int]
 
 
 @dataclass(eq=False)
@@ -124,14 +126,20 @@ def _replay(blocks: list[_Block], begin: int, end: int) -> Peaks:
             if block.last is not None and block.last < end:
                 changes.append((block.last, block.kind, -block.nbytes))
     now: dict[str, int] = dict.fromkeys(KINDS, 0)
-    kept = total = now
+    kept = total = planned = now
     for _, kind, nbytes in sorted(changes, key=lambda change: change[0]):
         now = now | {kind: now[kind] + nbytes}
         if sum(now[k] for k in KEPT) > sum(kept[k] for k in KEPT):
             kept = now
         if sum(now.values()) > sum(total.values()):
             total = now
-    return Peaks(kept, total)
+        if _but_activations(now) > _but_activations(planned):
+            planned = now
+    return Peaks(kept, total, planned)
+
+
+def _but_activations(now: dict[str, int]) -> int:
+    return sum(now.values()) - now["activations"]
 
 
 def _records(run: Callable[[], object], device: str) -> Iterator[tuple[str, list[int], int]]:

@@ -21,11 +21,11 @@ def duration(seconds: float) -> str:
 
 def size(count: float) -> str:
     """``1400000`` -> ``1.40 MB``."""
-    for unit in ("bytes", "kB", "MB"):
+    for unit in ("bytes", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.3g} {unit}"
         count /= 1000
-    return f"{count:.3g} GB"
+    return f"{count:.3g} TB"
 
 
 class Screen:
