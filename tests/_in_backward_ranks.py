@@ -83,18 +83,22 @@ def ddp(
     experts: Callable[[int], Any] = lambda seed: (0, 1, 2),
     checkpointed: bool | None = None,
     unused: bool = False,
+    first: bool = False,
     **options: Any,
 ) -> None:
-    """The bits of DistributedDataParallel and the plain step, on every replica."""
+    """The bits of DistributedDataParallel and the plain step, on every replica; `first`: its handle is there first."""
     if dist.get_rank() == 3:
         three()
         return
     results = []
     for in_backward in (False, True):
         model = build(dtype, checkpointed=checkpointed)
-        parallel = DistributedDataParallel(model, process_group=three(), bucket_cap_mb=0.02, **options)
         optimizer = Adafactor(model.parameters(), **(arguments or {"lr": 1e-2, "beta1": 0.9}))
-        handle = optimizer.step_in_backward(1 if no_sync else accumulation, ddp=parallel) if in_backward else None
+        passes = 1 if no_sync else accumulation
+        handle = optimizer.step_in_backward(passes) if in_backward and first else None
+        parallel = DistributedDataParallel(model, process_group=three(), bucket_cap_mb=0.02, **options)
+        if in_backward and not first:
+            handle = optimizer.step_in_backward(passes)
         for step in range(steps):
             for micro in range(accumulation):
                 seed = step * accumulation + micro
@@ -141,17 +145,20 @@ def message_of(run: Callable[[], Any]) -> str:
 
 
 def ddp_refusals() -> dict[str, str]:
-    model, _parallel = small()
-    hooked, taken = small()
-    taken.register_comm_hook(None, default_hooks.allreduce_hook)
-    optimizer, other = Adafactor(model.parameters(), lr=1e-2), Adafactor(hooked.parameters(), lr=1e-2)
-    messages = {
-        "not DDP": message_of(lambda: optimizer.step_in_backward(ddp=model)),
-        "another model": message_of(lambda: optimizer.step_in_backward(ddp=taken)),
-        "another hook": message_of(lambda: other.step_in_backward(ddp=taken)),
-        "not announced": message_of(lambda: optimizer.step_in_backward()),
-    }
-    assert optimizer._in_backward is None
+    messages = {}
+    for order in ("module first", "handle first"):
+        torch.manual_seed(0)
+        model = nn.Linear(33, 33)
+        optimizer = Adafactor(model.parameters(), lr=1e-2)
+        handle = optimizer.step_in_backward() if order == "handle first" else None
+        parallel = DistributedDataParallel(model)
+        parallel.register_comm_hook(None, default_hooks.allreduce_hook)
+        if handle is None:
+            messages[order] = message_of(optimizer.step_in_backward)
+        else:
+            messages[order] = message_of(lambda parallel=parallel: parallel(shares(0)))
+            handle.remove()
+        assert optimizer._in_backward is None
     assert not _in_backward_guards.live
     return messages
 
@@ -161,7 +168,7 @@ def ddp_errors() -> dict[str, Any]:
     model, parallel = small()
     optimizer = Adafactor(model.parameters(), lr=1e-2)
     messages = {}
-    with optimizer.step_in_backward(ddp=parallel):
+    with optimizer.step_in_backward():
         steps_of(parallel, optimizer, range(3))
         parallel(shares(3)).sum().backward()
         before = [p.detach().clone() for p in model.parameters()]
@@ -196,7 +203,7 @@ def ddp_comes_and_goes() -> None:
         handles = []
         for round in range(4):
             if in_backward:
-                handles = [each.step_in_backward(ddp=parallel) for each in halves[: round % 3]]
+                handles = [each.step_in_backward() for each in halves[: round % 3]]
             for seed in range(4):
                 parallel(shares(4 * round + seed)).square().mean().backward()
                 assert [p.grad is None for p in model.parameters()] == [2 * k // 4 < len(handles) for k in range(4)]
@@ -227,7 +234,7 @@ def ddp_without_a_gradient() -> None:
     for in_backward in (False, True):
         model, parallel = small()
         optimizer = Adafactor(model.parameters(), lr=1e-2)
-        handle = optimizer.step_in_backward(ddp=parallel) if in_backward else None
+        handle = optimizer.step_in_backward() if in_backward else None
         plain = model[1].forward
         freed = []
         for seed in range(6):
@@ -250,7 +257,7 @@ def ddp_with_uneven_data() -> str:
     for in_backward in (False, True):
         model, parallel = small()
         optimizer = Adafactor(model.parameters(), lr=1e-2)
-        handle = optimizer.step_in_backward(ddp=parallel) if in_backward else None
+        handle = optimizer.step_in_backward() if in_backward else None
         with parallel.join():
             steps_of(parallel, optimizer, range(3 + 2 * dist.get_rank()))
         results.append(everything(model, optimizer))
@@ -439,6 +446,27 @@ def fsdp_errors() -> dict[str, Any]:
     assert vars(FSDPParamGroup)["post_backward"] is post_backward
     messages["steps"] = int(optimizer.state[model.head.bias]["step"])
     return messages
+
+
+def fsdp_norms() -> list[list[float]]:
+    """The norm of all gradients: of those that are gone, and of an expert's from the first of two passes."""
+    norms = []
+    for in_backward in (True, False):
+        model = fsdp("four", torch.float32)
+        optimizer = Adafactor(model.parameters(), lr=1e-2, step_in_backward=2 if in_backward else None)
+        norms.append([])
+        for step in range(3):
+            for micro in range(2):
+                tokens = tokens_of(2 * step + micro, "four")
+                model(tokens, micro).square().mean().backward()
+            assert [p.grad is None for p in model.parameters()].count(False) == 2 or not in_backward
+            norm: Any = torch.nn.utils.clip_grad_norm_(model.parameters(), torch.inf)
+            norms[-1].append(float(norm.full_tensor()))
+            optimizer.step()
+            optimizer.zero_grad()
+        if optimizer._in_backward is not None:
+            optimizer._in_backward.remove()
+    return norms
 
 
 def fsdp_gradients_alive() -> list[int]:

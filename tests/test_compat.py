@@ -76,13 +76,28 @@ def test_changing_the_import_of_transformers_is_enough(arguments, schedule):
 
 def test_signature_is_that_of_transformers():
     ours, theirs = inspect.signature(TransformersAdafactor), inspect.signature(transformers.Adafactor)
-    assert [(p.name, p.default) for p in ours.parameters.values()] == [
+    assert [(p.name, p.default) for p in ours.parameters.values() if p.kind != p.VAR_KEYWORD] == [
         (p.name, p.default) for p in theirs.parameters.values()
     ]
     translated = inspect.signature(compat.transformers)
     assert [(p.name, p.default) for p in translated.parameters.values()] == [
         (p.name, p.default) for p in list(theirs.parameters.values())[1:]
     ]
+
+
+def test_arguments_of_ours_by_name_win():
+    ours, _ = twins(torch.bfloat16)
+    chosen = {"weight_bits": 24, "rounding": "nearest", "seed": 7, "momentum_dtype": "int8", "factor": "auto"}
+    chosen |= {"min_dim_size_to_factor": 16, "rms_scope": "matrix", "weight_decay_mode": "lr", "beta2_cap": 0.99}
+    optimizer = TransformersAdafactor(ours, lr=1e-3, relative_step=False, beta1=0.9, **chosen, step_in_backward=2)
+    group = optimizer.param_groups[0]
+    assert {name: group[name] for name in chosen} == chosen
+    assert (group["lr"], group["scale_parameter"], group["eps"]) == (1e-3, True, (1e-30, 1e-3))
+    assert optimizer._in_backward is not None
+    assert optimizer._in_backward.accumulation_steps == 2
+    optimizer._in_backward.remove()
+    with pytest.raises(TypeError, match="unexpected keyword argument 'fused'"):
+        TransformersAdafactor(ours, fused=True)
 
 
 @pytest.mark.parametrize(

@@ -557,15 +557,16 @@ def test_a_last_shorter_group_of_micro_batches():
     assert_same_bits(*results)
 
 
-@pytest.mark.parametrize("value", [0, -1, 1.0, True, None, "2"])
+@pytest.mark.parametrize("value", [0, -1, 1.0, True, None, "2", "lightning"])
 def test_accumulation_steps_out_of_range(value):
     model = build()
     optimizer = Adafactor(model.parameters(), lr=1e-2)
-    with pytest.raises(ValueError, match=r"accumulation_steps must be an integer >= 1"):
+    message = rf"accumulation_steps .*must be an integer >= 1, .*got {value!r}"
+    with pytest.raises(ValueError, match=message):
         optimizer.step_in_backward(value)
     assert_nothing_is_wrapped()
     handle = optimizer.step_in_backward()
-    with pytest.raises(ValueError, match=r"accumulation_steps must be an integer >= 1"):
+    with pytest.raises(ValueError, match=message):
         handle.accumulation_steps = value
     assert handle.accumulation_steps == 1
 
@@ -779,3 +780,89 @@ def test_gradients_of_about_the_largest_layers_are_alive_at_once(checkpointed):
             handle.remove()
     assert peaks[False] > count * layer_bytes
     assert peaks[True] < 2.5 * layer_bytes
+
+
+# Where a function says which pass is the last, and where norms are asked for
+
+
+@pytest.mark.parametrize("where", ["constructor", "method", "assigned"])
+def test_a_function_may_say_which_pass_is_the_last(where):
+    now, results = {"last": False}, []
+    says = lambda: now["last"]  # noqa: E731
+    for in_backward in (False, True):
+        model = build()
+        arguments = {"step_in_backward": says} if in_backward and where == "constructor" else {}
+        optimizer = Adafactor(model.parameters(), lr=1e-2, **arguments)
+        if in_backward and where != "constructor":
+            handle = optimizer.step_in_backward(says if where == "method" else 7)
+            if where == "assigned":
+                handle.accumulation_steps = says
+        for group, count in enumerate((3, 1, 2, 4)):
+            for micro in range(count):
+                now["last"] = micro == count - 1
+                loss_of(model, 5 * group + micro).backward()
+                if in_backward:
+                    assert (model.norm.weight.grad is None) == now["last"]
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append(everything(model, optimizer))
+    assert_same_bits(*results)
+
+
+def test_a_function_that_never_says_so_and_one_that_says_so_too_early():
+    model = build()
+    optimizer = Adafactor(model.parameters(), lr=1e-2, step_in_backward=lambda: False)
+    before = everything(model, optimizer)
+    loss_of(model, 0).backward()
+    loss_of(model, 1).backward()
+    with pytest.raises(ValueError, match="after 2 backward passes, none of which was the last one"):
+        optimizer.step()
+    optimizer.zero_grad()
+    optimizer.step()
+    assert_same_bits(everything(model, optimizer), before)
+    assert optimizer._in_backward is not None
+    optimizer._in_backward.accumulation_steps = lambda: True
+    loss_of(model, 0).backward()
+    with pytest.raises(ValueError, match=r"backward pass 2 since the last optimizer\.step"):
+        loss_of(model, 1).backward()
+
+
+@pytest.mark.parametrize("value", [0, True, "2", "lightning", 1.5])
+def test_the_constructor_s_step_in_backward_is_checked(value):
+    with pytest.raises(ValueError, match=rf"step_in_backward in the constructor.* got {value!r}"):
+        Adafactor(build().parameters(), lr=1e-2, step_in_backward=value)
+    assert_nothing_is_wrapped()
+    group = {"params": list(build().parameters()), "step_in_backward": 1}
+    with pytest.raises(ValueError, match="step_in_backward=1 belongs to the optimizer, not to a param group"):
+        Adafactor([group], lr=1e-2)
+
+
+def test_the_norm_of_gradients_that_are_gone_is_what_it_would_be():
+    norms = {}
+    for in_backward in (False, True):
+        model = build(torch.bfloat16)
+        optimizer = Adafactor(model.parameters(), lr=1e-2)
+        if in_backward:
+            optimizer.step_in_backward(2)
+        norms[in_backward] = []
+        for step in range(4):
+            for micro in range(2):  # an expert of the first micro-batch waits for step()
+                loss_of(model, 2 * step + micro).backward()
+            norms[in_backward].append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), torch.inf)))
+            if in_backward:
+                assert any(p.grad is not None for p in model.parameters())
+            optimizer.step()
+            optimizer.zero_grad()
+    first, *rest = norms[True]
+    assert first != first  # nobody had asked before
+    assert rest == norms[False][1:]
+
+
+@pytest.mark.parametrize("options", [{"norm_type": 1.0}, {"error_if_nonfinite": True}, {"max_norm": 1e9}], ids=repr)
+def test_other_norms_of_gradients_that_are_gone_are_refused(options):
+    model = build()
+    optimizer = Adafactor(model.parameters(), lr=1e-2, step_in_backward=1)
+    train(model, optimizer, 1)
+    loss_of(model, 0).backward()
+    with pytest.raises(ValueError, match="nothing left to clip"):
+        torch.nn.utils.clip_grad_norm_(model.parameters(), **{"max_norm": torch.inf} | options)

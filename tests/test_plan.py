@@ -85,6 +85,17 @@ def test_bytes_by_hand(shape: Shape, dtype: str, kwargs: dict[str, Any], nbytes:
     assert plan.nbytes == nbytes
 
 
+@pytest.mark.parametrize("rank", [1, 2, 4, 16, 31, 32])
+def test_lora_of_any_rank_is_factored_for_diffusion(rank: int):
+    lora = {"qkv.down": (rank, 3072), "qkv.up": (9216, rank), "mlp.down": (rank, 3072), "mlp.up": (12288, rank)}
+    plans = adafactor.plan(
+        {f"{block}.{name}": shape for block in range(19) for name, shape in lora.items()},
+        **adafactor.recipes.diffusion_finetune(),
+    )
+    assert {plan.factored for plan in plans} == {rank > 1}  # a side of 1 has nothing to factor
+    assert round(sum(plan.nbytes for plan in plans) / 1e6, 1) == 2.1
+
+
 def test_t5_base_needs_less_than_1_1_MB():
     """110 M parameters: an embedding, twelve layers, the norms."""
     shapes: dict[str, Shape] = {"embedding": (32128, 768)}
@@ -348,7 +359,8 @@ MAKERS: dict[str, Callable[..., Any]] = {
 
 def test_defaults_are_those_of_the_signature():
     signature = inspect.signature(Adafactor.__init__).parameters
-    theirs = {name: p.default for name, p in signature.items() if name not in ("self", "params", "backend")}
+    theirs = {name: p.default for name, p in signature.items() if name in DEFAULTS}
+    assert signature.keys() - DEFAULTS.keys() == {"self", "params", "backend", "step_in_backward"}
     assert theirs.pop("momentum_dtype") is torch.float32
     assert {**theirs, "momentum_dtype": "float32"} == DEFAULTS
     assert list(signature)[2:12] == [

@@ -164,6 +164,28 @@ def test_loaded_groups_of_another_package_never_overwrite_our_hyperparameters():
     assert {key: value for key, value in ours.param_groups[0].items() if key in before} == before
 
 
+def test_the_lr_that_a_scheduler_had_reached_comes_with_the_checkpoint_of_another_package():
+    theirs, _ = transformers_optimizer(parameters(), lr=0.5, relative_step=False)
+    past = torch.optim.lr_scheduler.ExponentialLR(theirs, 0.5)
+    train(theirs, torch.Generator().manual_seed(1))
+    past.step()
+    saved = theirs.state_dict()
+    ours = Adafactor(clone_of(theirs), **compat.transformers(lr=0.5, relative_step=False))
+    schedule = torch.optim.lr_scheduler.ExponentialLR(ours, 0.5)
+    ours.load_state_dict(saved)
+    schedule.load_state_dict(past.state_dict())
+    assert ours.param_groups[0]["lr"] == 0.25
+    assert schedule.get_last_lr() == [0.25]
+    schedule.step()
+    assert ours.param_groups[0]["lr"] == 0.125
+
+    relative = Adafactor(clone_of(theirs), **compat.transformers())
+    torch.optim.lr_scheduler.ConstantLR(relative)
+    relative.load_state_dict(saved)
+    steps = max(int(state["step"]) for state in relative.state.values())
+    assert relative.param_groups[0]["lr"] == relative.param_groups[0]["rho"] == min(1e-2, steps**-0.5)
+
+
 def test_full_statistics_become_factored():
     # A gradient of rank one squared: its factored V is its full V, so both continue alike.
     start = torch.randn(40, 48, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

@@ -137,8 +137,9 @@ def resolve(group: dict[str, Any]) -> None:
     `group["lr"]` is a copy for loggers and schedulers to read; `group["updates"]` counts the updates behind it, those
     that were skipped for a non-finite gradient included.
     """
-    if "backend" in group:
-        raise ValueError(f"backend={group['backend']!r} belongs to the optimizer, not to a param group")
+    for name in ("backend", "step_in_backward"):
+        if name in group:
+            raise ValueError(f"{name}={group[name]!r} belongs to the optimizer, not to a param group")
     lr, relative, scale = group["lr"], group["relative_step"], group["scale_parameter"]
     for name in ("relative_step", "scale_parameter"):
         _choice(name, group[name], (None, True, False))

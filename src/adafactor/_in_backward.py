@@ -10,12 +10,10 @@ from __future__ import annotations
 
 import functools
 import gc
-import sys
 import threading
 import warnings
 import weakref
-from collections.abc import Iterable, Sequence
-from types import FrameType
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -27,7 +25,9 @@ from torch.utils.hooks import RemovableHandle
 from adafactor import _in_backward_fsdp as fsdp
 from adafactor import _in_backward_guards as guards
 from adafactor._distributed import is_dtensor
-from adafactor._in_backward_ddp import Buckets, buckets_of
+from adafactor._in_backward_ddp import Buckets, buckets_of, modules_around
+
+Passes = int | str | Callable[[], bool]
 
 
 class Stepper(Protocol):
@@ -48,9 +48,9 @@ class InBackward:
     It is the optimizer's and keeps neither it nor the model alive.
     """
 
-    def __init__(self, optimizer: Stepper, accumulation_steps: int, ddp: Any = None) -> None:
+    def __init__(self, optimizer: Stepper, accumulation_steps: Passes) -> None:
         self._optimizer = weakref.ref(optimizer)
-        self._accumulation_steps = _checked_steps(accumulation_steps)
+        self._expect(accumulation_steps)
         self._lock = threading.RLock()  # the engine has a thread for each device
         # Parameters go by id: swap_tensors refuses tensors with weak references, and strong ones would keep them alive.
         self._hooks: dict[int, tuple[RemovableHandle, int]] = {}  # and the tensor behind the Python object
@@ -58,16 +58,15 @@ class InBackward:
         self._hook = functools.partial(_arrived, weakref.ref(self))
         self._finalizer: weakref.finalize | None = None
         self._warned: set[str] = set()
-        self._ddp = None if ddp is None else weakref.ref(_checked_ddp(ddp, optimizer))
         self._buckets: Buckets | None = None
+        self._keeps_norms = False
         self._begin()
-        self._refuse_others(optimizer)
-        if ddp is not None:
-            self._buckets = buckets_of(ddp)
-            self._buckets.join(self)
+        module = self._refuse_others(optimizer)
         guards.live.append(self)
         try:
             self.watch()
+            if module is not None:
+                self.meet(module)
             guards.wrap_all()
             fsdp.wrap_reduction()
             optimizer._attach(self)
@@ -82,6 +81,7 @@ class InBackward:
         self._stepped: set[int] = set()
         self._together: set[int] = set()  # parameters whose gradients are on all their ranks or on none
         self._lrs: dict[int, Any] = {}  # that groups were stepped with
+        self._norms: dict[int, Tensor] = {}  # of gradients that are gone
         self._waits = False  # every step is left to optimizer.step()
         self._scaled_before = guards.scaled_run()
         self._begin_count()
@@ -99,19 +99,26 @@ class InBackward:
     def accumulation_steps(self) -> int:
         """After how many backward passes the gradients are complete; a last, shorter group may assign its own.
 
+        Where a function says which pass is the last: the passes so far, and one more if that was not it.
+
         Raises:
-            ValueError: on assignment, if it is no integer >= 1, or parameters have been stepped in this iteration.
+            ValueError: on assignment, for a value that `step_in_backward` does not take, or if parameters have been
+                stepped in this iteration.
         """
         return self._accumulation_steps
 
     @accumulation_steps.setter
-    def accumulation_steps(self, value: int) -> None:
+    def accumulation_steps(self, value: Passes) -> None:
         if self._stepped:
             raise ValueError(
                 f"accumulation_steps={value!r} comes too late: {len(self._stepped)} parameters have been stepped in "
                 "backward since the last optimizer.step(); assign it before the last backward pass"
             )
-        self._accumulation_steps = _checked_steps(value)
+        self._expect(value)
+
+    def _expect(self, value: Passes) -> None:
+        self._is_last = _last_pass(value)
+        self._accumulation_steps = 1 if self._is_last else int(value)  # pyright: ignore[reportArgumentType]
 
     def remove(self) -> None:
         """Undo it: no hooks, torch's functions as they were. Gradients gathered so far stay where they are."""
@@ -198,6 +205,11 @@ class InBackward:
             )
         expected, passes = self._accumulation_steps, self._passes
         if passes not in (0, expected):
+            if self._is_last is not None:
+                raise ValueError(
+                    f"optimizer.step() after {passes} backward passes, none of which was the last one by what "
+                    "accumulation_steps says (Accelerate's sync_gradients, or a function); call step() after that one"
+                )
             raise ValueError(
                 f"optimizer.step() after {passes} backward passes with accumulation_steps={expected} (a pass that "
                 "brings none of this optimizer's parameters a gradient does not count, nor does one that leaves them "
@@ -291,6 +303,8 @@ class InBackward:
             places: dict[int, list[Tensor]] = {}
             for p in params:
                 places.setdefault(self._places[id(p)], []).append(p)
+            if self._keeps_norms:
+                self._norms |= {id(p): torch.linalg.vector_norm(p.grad) for p in params if p.grad is not None}
             optimizer._update((optimizer.param_groups[place], group) for place, group in places.items())
             for p in params:
                 if p.grad is not None:
@@ -302,9 +316,31 @@ class InBackward:
     def note_reduced_together(self, params: Sequence[Tensor]) -> None:
         self._together.update(map(id, params))
 
-    def announced(self, module: torch.nn.Module) -> bool:
+    def knows(self, module: torch.nn.Module) -> bool:
         """Whether gradients come from this module's buckets."""
-        return self._ddp is not None and self._ddp() is module
+        return self._buckets is not None and self._buckets.module is module
+
+    def meet(self, module: DistributedDataParallel) -> None:
+        """Before its forward: gradients of this module's parameters come from its buckets from now on.
+
+        Raises:
+            ValueError: if they come from another module's, or the module has another communication hook.
+        """
+        if not any(map(self.watches, module.parameters())):
+            return
+        if self._buckets is not None:
+            if self._buckets.module is not None:
+                raise ValueError(guards.TWO_MODULES)
+            self._buckets.leave(self)
+            self._buckets = None
+        buckets = buckets_of(module)
+        buckets.join(self)
+        self._buckets = buckets
+
+    def norm_of(self, p: Tensor) -> Tensor:
+        """The norm of the gradient that a parameter was stepped with; NaN when this is asked for the first time."""
+        self._keeps_norms = True
+        return self._norms[id(p)] if id(p) in self._norms else p.detach().new_full((), torch.nan)
 
     def note_reentrant_checkpoint(self) -> None:
         self._waits = True
@@ -312,7 +348,7 @@ class InBackward:
     def _enter(self, run: int) -> None:
         """The first hook in a run of the engine, or the first one after a run inside of it."""
         self._refused, refused_before = True, self._refused
-        nested = _is_nested()
+        nested = guards.is_nested()
         scaled = guards.scaled_run()
         if run == scaled or (nested and scaled > max(self._pass, self._scaled_before)):
             raise ValueError(
@@ -330,6 +366,8 @@ class InBackward:
                 )
             self.watch()
             self._passes, self._pass = self._passes + 1, run
+            if self._is_last is not None:
+                self._accumulation_steps = self._passes + (not self._is_last())
         if self._waits:
             self._warn(
                 "a reentrant checkpoint delivers gradients before they are complete: all parameters wait for "
@@ -337,23 +375,24 @@ class InBackward:
             )
         self._run, self._refused = run, refused_before
 
-    def _refuse_others(self, optimizer: Stepper) -> None:
-        """Other handles that watch the same parameters, and DistributedDataParallel around them.
+    def _refuse_others(self, optimizer: Stepper) -> DistributedDataParallel | None:
+        """No other handle may watch the same parameters. Returns the DistributedDataParallel that they are in already.
 
-        What is only waiting for the garbage collector is not in the way.
+        What is only waiting for the garbage collector does not count.
         """
         params = [p for group in optimizer.param_groups for p in group["params"]]
         for last_try in (False, True):
             rivals = [p for p in params if any(handle.watches(p) for handle in guards.live)]
-            modules = [module for module in _data_parallel_modules() if not self.announced(module)]
-            wrapped = any(_shares(module, params) for module in modules)
-            if not (rivals or wrapped):
-                return
+            modules = modules_around(params)
+            if not (rivals or modules):
+                return None
             if not last_try:
-                del modules
+                modules.clear()
                 gc.collect()
-        if wrapped:
-            raise ValueError(guards.DATA_PARALLEL)
+        if len(modules) > 1:
+            raise ValueError(guards.TWO_MODULES)
+        if not rivals:
+            return modules[0]
         raise ValueError(
             f"parameter {optimizer._name_of(rivals[0])!r} is stepped in backward by another optimizer; remove() the "
             "handle of one of them"
@@ -373,61 +412,24 @@ def _arrived(reference: weakref.ref[InBackward], p: Tensor) -> None:
         handle.arrived(p)
 
 
-def _checked_steps(value: Any) -> int:
+def _last_pass(value: Any) -> Callable[[], object] | None:
+    """What says whether the pass under way is the last one; None where passes are counted."""
+    if value == "accelerate":
+        try:
+            from accelerate.state import GradientState
+        except ImportError as error:
+            raise ValueError('accumulation_steps="accelerate" needs the package accelerate') from error
+        return lambda: GradientState().sync_gradients
+    if callable(value):
+        return value
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"accumulation_steps must be an integer >= 1, got {value!r}")
-    return value
-
-
-def _checked_ddp(module: Any, optimizer: Stepper) -> DistributedDataParallel:
-    if not isinstance(module, DistributedDataParallel):
         raise ValueError(
-            "ddp must be the DistributedDataParallel module around this optimizer's parameters, got "
-            f"{type(module).__name__}; leave ddp out where the model is in none"
+            'accumulation_steps (step_in_backward in the constructor) must be an integer >= 1, "accelerate", or a '
+            f"function that says whether a backward pass is the last one before optimizer.step(), got {value!r}"
         )
-    if not _shares(module, (p for group in optimizer.param_groups for p in group["params"])):
-        raise ValueError("ddp must be the module around this optimizer's parameters, and holds none of them")
-    return module
+    return None
 
 
 def _mark(lr: Any) -> Any:
     """Something that is equal as long as lr is; its value may be on a device that nobody waits for."""
     return (id(lr), lr._version) if isinstance(lr, Tensor) else lr
-
-
-_ENGINE = torch.autograd.graph._engine_run_backward.__code__
-_APPLY = {
-    getattr(torch.autograd.function.BackwardCFunction, name).__code__
-    for name in ("apply", "apply_boxed")
-    if hasattr(torch.autograd.function.BackwardCFunction, name)
-}
-
-
-def _is_nested() -> bool:
-    """Whether this run of the engine was started from within an autograd function's backward: reentrant checkpointing.
-
-    The engine says the number of a run, not which one it is part of; the stack does, in the engine's own threads too.
-    """
-    frame: FrameType | None = sys._getframe(1)
-    inside = False
-    while frame is not None:
-        if frame.f_code is _ENGINE:
-            inside = True
-        elif inside and frame.f_code in _APPLY:
-            return True
-        frame = frame.f_back
-    return False
-
-
-def _data_parallel_modules() -> list[torch.nn.Module]:
-    """Those alive: their forward may have run already, and nothing at a parameter tells."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return []
-    objects = gc.get_objects()
-    kinds = {kind for kind in set(map(type, objects)) if issubclass(kind, DistributedDataParallel)}
-    return [each for each in objects if type(each) in kinds] if kinds else []
-
-
-def _shares(module: torch.nn.Module, params: Iterable[Tensor]) -> bool:
-    ours = {id(p) for p in params}
-    return any(id(p) in ours for p in module.parameters())

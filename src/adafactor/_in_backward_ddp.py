@@ -10,7 +10,9 @@ and comes back before DDP writes to it.
 from __future__ import annotations
 
 import functools
+import gc
 import weakref
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,7 +38,7 @@ def buckets_of(module: DistributedDataParallel) -> Buckets:
             module.register_comm_hook(buckets, _hook)
         except RuntimeError as error:
             raise ValueError(
-                "ddp has a communication hook already, and DistributedDataParallel takes only one, which "
+                "the model's DistributedDataParallel has a communication hook already, and takes only one, which "
                 "step_in_backward needs; register no other, or use the plain optimizer.step()"
             ) from error
         _known[module] = buckets
@@ -73,8 +75,12 @@ class Buckets:
             self._buffers.clear()
             self._used.clear()
 
+    @property
+    def module(self) -> DistributedDataParallel | None:
+        return self._module()
+
     def covers(self, p: Tensor) -> bool:
-        return id(p) in self._covered
+        return id(p) in self._covered and self.module is not None
 
     def note(self, p: Tensor) -> None:
         """A gradient was added to `p.grad`; DDP copies it to the bucket next."""
@@ -83,7 +89,7 @@ class Buckets:
 
     def reduce(self, bucket: Any) -> torch.futures.Future[Tensor]:
         """The hook: DDP's own reduction, to the bit; and the step of the bucket before while it runs."""
-        module, buffer = self._module(), bucket.buffer()
+        module, buffer = self.module, bucket.buffer()
         assert module is not None
         self._divide(module, bucket)
         work = dist.all_reduce(buffer, group=module.process_group, async_op=True)
@@ -241,3 +247,13 @@ def _view(flat: Tensor, p: Tensor, place: int) -> Tensor:
 def _restore(storage: torch.UntypedStorage, size: int, gradients: Any) -> None:
     if storage.nbytes() == 0:
         storage.resize_(size)
+
+
+def modules_around(params: Iterable[Tensor]) -> list[DistributedDataParallel]:
+    """Those that hold any of the parameters, which do not tell; also what only waits for the garbage collector."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return []
+    ours, objects = {id(p) for p in params}, gc.get_objects()
+    kinds = {kind for kind in set(map(type, objects)) if issubclass(kind, DistributedDataParallel)}
+    modules = [each for each in objects if type(each) in kinds] if kinds else []
+    return [module for module in modules if any(id(p) in ours for p in module.parameters())]

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
+import math
+import sys
 from collections.abc import Callable, Sequence
+from types import FrameType
 from typing import Any, Protocol
 
 import torch
@@ -18,7 +21,11 @@ class Handle(Protocol):
 
     def has_stepped(self, p: Tensor) -> bool: ...
 
-    def announced(self, module: torch.nn.Module) -> bool: ...
+    def knows(self, module: torch.nn.Module) -> bool: ...
+
+    def meet(self, module: DistributedDataParallel) -> None: ...
+
+    def norm_of(self, p: Tensor) -> Tensor: ...
 
     def note_reentrant_checkpoint(self) -> None: ...
 
@@ -59,7 +66,7 @@ def wrap_all() -> None:
     for scaler in scalers:
         scalers.extend(scaler.__subclasses__())
         wrap(scaler, "scale", _marked_scale)
-    wrap(DistributedDataParallel, "forward", _refused_forward)
+    wrap(DistributedDataParallel, "forward", _introduced_forward)
 
 
 def wrap(owner: Any, name: str, wrapper: Callable[[Any], Any]) -> None:
@@ -89,6 +96,8 @@ def _checked_clipping(clip: Callable[..., Any]) -> Callable[..., Any]:
     def checked(parameters: Any, *args: Any, **kwargs: Any) -> Any:
         params = [parameters] if isinstance(parameters, Tensor) else list(parameters)
         gone = sum(any(handle.has_stepped(p) for handle in live) for p in params)
+        if gone and clip.__name__ == "clip_grad_norm_" and _only_asks(*args, **kwargs):
+            return _total_norm(params)
         if gone:
             raise ValueError(
                 f"nothing left to clip: step_in_backward has applied and freed the gradients of {gone} of these "
@@ -98,6 +107,24 @@ def _checked_clipping(clip: Callable[..., Any]) -> Callable[..., Any]:
         return clip(params or parameters, *args, **kwargs)
 
     return checked
+
+
+def _only_asks(max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False, foreach: Any = None) -> bool:
+    """Whether nothing is to be clipped, only the norm is asked for: trainers log it so."""
+    return max_norm == math.inf and norm_type == 2 and not error_if_nonfinite
+
+
+@torch.no_grad()
+def _total_norm(params: Sequence[Tensor]) -> Tensor:
+    """As torch computes it, of gradients that are here and of those that are gone."""
+    norms = []
+    for p in params:
+        stepped = next((handle for handle in live if handle.has_stepped(p)), None)
+        if stepped is not None:
+            norms.append(stepped.norm_of(p))
+        elif p.grad is not None:
+            norms.append(torch.linalg.vector_norm(p.grad))
+    return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
 
 
 def _noted_checkpoint(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -137,17 +164,47 @@ def _note_scaled(gradient: Tensor) -> None:
     _scaled_run = torch._C._current_graph_task_id()
 
 
-DATA_PARALLEL = (
-    "the model is in DistributedDataParallel, whose gradients are final only after its all-reduce, and that comes "
-    "after the hooks: step_in_backward(ddp=model) steps them then"
+TWO_MODULES = (
+    "the parameters are in two DistributedDataParallel modules, and step_in_backward takes gradients from one: give "
+    "each module an optimizer of its own, and delete a module that is no longer used"
 )
 
 
-def _refused_forward(forward: Callable[..., Any]) -> Callable[..., Any]:
-    def refused(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        strangers = [handle for handle in live if not handle.announced(self)] if torch.is_grad_enabled() else []
-        if strangers and any(handle.watches(p) for p in self.parameters() for handle in strangers):
-            raise ValueError(DATA_PARALLEL)
+def _introduced_forward(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def introduced(self: DistributedDataParallel, *args: Any, **kwargs: Any) -> Any:
+        strangers = [handle for handle in live if not handle.knows(self)] if torch.is_grad_enabled() else []
+        if strangers:
+            _introduce(self, strangers)
         return forward(self, *args, **kwargs)
 
-    return refused
+    return introduced
+
+
+@uncompiled
+def _introduce(module: DistributedDataParallel, handles: Sequence[Handle]) -> None:
+    for handle in handles:
+        handle.meet(module)
+
+
+_ENGINE = torch.autograd.graph._engine_run_backward.__code__
+_APPLY = {
+    getattr(torch.autograd.function.BackwardCFunction, name).__code__
+    for name in ("apply", "apply_boxed")
+    if hasattr(torch.autograd.function.BackwardCFunction, name)
+}
+
+
+def is_nested() -> bool:
+    """Whether this run of the engine was started from within an autograd function's backward: reentrant checkpointing.
+
+    The engine says the number of a run, not which one it is part of; the stack does, in the engine's own threads too.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    inside = False
+    while frame is not None:
+        if frame.f_code is _ENGINE:
+            inside = True
+        elif inside and frame.f_code in _APPLY:
+            return True
+        frame = frame.f_back
+    return False

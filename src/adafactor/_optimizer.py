@@ -44,7 +44,8 @@ class Adafactor(Optimizer):
     smaller than their spacing still count; all arithmetic and all statistics are float32.
 
     Args:
-        params: parameters, named parameters or param groups. Every argument but `backend` can be set per group.
+        params: parameters, named parameters or param groups. Every argument but `backend` and `step_in_backward` can be
+            set per group.
         lr: the learning rate, as in AdamW: a number >= 0 or a tensor with one element. None is the paper: the relative
             step `min(1e-2, 1/sqrt(t))` scaled by RMS(p) (default: None)
         eps: eps1 >= 1e-37, added to the squared gradient, and eps2 >= 0, the least RMS(p) when the step is scaled
@@ -76,6 +77,8 @@ class Adafactor(Optimizer):
         seed: of the stochastic rounding (default: 0)
         backend: "auto", "reference" or "cpu" (default: "auto"); `explain()` says which
             one serves each parameter, and why
+        step_in_backward: call the method of this name with this value, where a trainer reaches the constructor only;
+            None does not (default: None)
 
     Raises:
         ValueError: for a value out of range, two arguments that contradict each other, or a backend that cannot serve a
@@ -118,6 +121,7 @@ class Adafactor(Optimizer):
         weight_bits: int | None = None,
         seed: int = 0,
         backend: str = "auto",
+        step_in_backward: int | str | Callable[[], bool] | None = None,
     ) -> None:
         arguments = {name: value for name, value in locals().items() if name in DEFAULTS}
         arguments["momentum_dtype"] = dtype_name(momentum_dtype)
@@ -129,6 +133,8 @@ class Adafactor(Optimizer):
         self._rebuild()
         for group in self.param_groups:
             warn_of_lost_updates(group, self._plans())
+        if step_in_backward is not None:
+            self.step_in_backward(step_in_backward)
 
     _in_backward: InBackward | None = None  # the living handle, which copies do not have
 
@@ -276,9 +282,7 @@ class Adafactor(Optimizer):
             weights[slot.plan.name] = slot.sharding.like(p, piece) if slot.sharding else piece
         return weights
 
-    def step_in_backward(
-        self, accumulation_steps: int = 1, ddp: torch.nn.parallel.DistributedDataParallel | None = None
-    ) -> InBackward:
+    def step_in_backward(self, accumulation_steps: int | str | Callable[[], bool] = 1) -> InBackward:
         """Update each parameter during backward, as soon as its gradient is final, and free the gradient.
 
         The bits are those of the plain step. `step()` stays the call at the end of an iteration: it steps what waited
@@ -288,17 +292,16 @@ class Adafactor(Optimizer):
         Args:
             accumulation_steps: backward passes >= 1 that gather gradients before each `step()`; parameters are stepped
                 during the last one. Where gradients are reduced over processes, passes without a reduction, as under
-                `no_sync()`, do not count (default: 1)
-            ddp: the DistributedDataParallel module that the parameters are in; its communication hook is taken
-                (default: None)
+                `no_sync()`, do not count. Or a function that says, while a pass runs, whether it is the last one;
+                "accelerate" is Accelerate's `sync_gradients` (default: 1)
 
         Returns:
             A handle: `remove()`, or the end of a `with` block, undoes it; `accumulation_steps` may be assigned.
 
         Raises:
-            ValueError: if it is on already, or the model is in DistributedDataParallel that is not `ddp`. Later, in
-                backward: if a pass is one too many, or gradients are not what the plain step would see; the message
-                says the fix.
+            ValueError: if it is on already, or the model is in DistributedDataParallel that has a communication hook.
+                Later, in backward: if a pass is one too many, or gradients are not what the plain step would see; the
+                message says the fix.
 
         Example:
             >>> import torch, adafactor
@@ -316,7 +319,7 @@ class Adafactor(Optimizer):
                 "step_in_backward is on already for this optimizer; remove() its handle first, or assign the handle's "
                 "accumulation_steps"
             )
-        return InBackward(self, accumulation_steps, ddp)
+        return InBackward(self, accumulation_steps)
 
     def _attach(self, handle: InBackward | None) -> None:
         """Let a handle step parameters, or none. If some are sharded, process groups are made here, on all ranks."""

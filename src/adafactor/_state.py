@@ -230,8 +230,17 @@ def shield(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     if layout.own:
         groups = [{**own_group, **group} for group, own_group in zip(theirs, ours, strict=True)]
     else:
-        groups = [{**own_group, "params": group["params"]} for group, own_group in zip(theirs, ours, strict=True)]
+        groups = [
+            {**own_group, **_moved_lr(own_group, group), "params": group["params"]}
+            for group, own_group in zip(theirs, ours, strict=True)
+        ]
     return {**state_dict, "state": state, "param_groups": groups}
+
+
+def _moved_lr(own: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:
+    """Where a scheduler had moved it, and one goes on here: schedulers keep the lr of the next step in the group."""
+    driven = "initial_lr" in own and "initial_lr" in theirs and own["rho"] is None and theirs["lr"] is not None
+    return {"lr": theirs["lr"]} if driven else {}
 
 
 def _as_planned(plan: TensorPlan, saved: dict[str, Any], momentum_mode: str, source: Source) -> dict[str, Any]:

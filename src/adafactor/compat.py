@@ -235,6 +235,9 @@ def pytorch_optimizer(
 class TransformersAdafactor(Adafactor):
     """`Adafactor` with the constructor of `transformers.Adafactor`: an existing script only changes its import.
 
+    Args:
+        ours: any argument of `Adafactor` by name, such as `weight_bits`, `rounding` and `seed`; it wins
+
     Example:
         >>> import torch
         >>> from adafactor.compat import TransformersAdafactor as Adafactor
@@ -254,9 +257,10 @@ class TransformersAdafactor(Adafactor):
         scale_parameter: bool = True,
         relative_step: bool = True,
         warmup_init: bool = False,
+        **ours: Any,
     ) -> None:
         theirs = (eps, clip_threshold, decay_rate, beta1, weight_decay, scale_parameter, relative_step, warmup_init)
-        super().__init__(params, **transformers(lr, *theirs))
+        super().__init__(params, **transformers(lr, *theirs) | ours)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As `Adafactor`'s; a group's lr beside a relative step, which transformers ignores, is ignored aloud."""

@@ -127,8 +127,7 @@ def _set_up(mode: Mode, subject: Subject) -> Iterator[tuple[nn.Module, torch.opt
                 net.register_comm_hook(None, _reduce_over_one)
         if mode.in_backward:
             assert isinstance(optimizer, Adafactor)
-            ddp = net if isinstance(net, DistributedDataParallel) else None
-            stack.enter_context(optimizer.step_in_backward(ddp=ddp))
+            stack.enter_context(optimizer.step_in_backward())
         yield net, optimizer
 
 

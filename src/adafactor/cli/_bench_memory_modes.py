@@ -138,7 +138,7 @@ LIFETIMES = (
         IN_BACKWARD,
         name="ddp-in-backward",
         title="DDP, in backward",
-        description="step_in_backward(ddp=model): stepped from the buckets, which are freed; the largest stays",
+        description="step_in_backward(): stepped from the buckets, which are freed; the largest stays",
         run_as=DDP,
     ),
 )

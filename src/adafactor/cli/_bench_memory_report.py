@@ -109,7 +109,7 @@ def notes(rows: list[Found], unfinished: list[str], subject: Subject) -> list[st
     if row := by_name.get("ddp-in-backward"):
         said.append(
             "Under DistributedDataParallel gradients are complete only in its buckets (1 MiB each here), which stay. "
-            f"With step_in_backward(ddp=model) the largest stays, and {row['gradients_share']:.1%} of all are alive at "
+            f"With step_in_backward() the largest stays, and {row['gradients_share']:.1%} of all are alive at "
             "once."
         )
     said.append(
