@@ -15,18 +15,10 @@ from adafactor._hyper import Hyper, caller_level
 from adafactor._plan import TensorPlan
 
 
-def refuse_layout(name: str, g: Tensor, sharded: bool) -> None:
-    if g.layout is torch.strided or (g.layout is torch.sparse_coo and not sharded):
-        return
-    if g.layout is torch.sparse_coo:
-        raise ValueError(
-            f"the gradient of parameter {name!r} is sparse and the parameter is sharded, which Adafactor does not take "
-            "together; build the embedding with sparse=False"
-        )
-    layout = str(g.layout).removeprefix("torch.")
+def refuse_sparse(name: str) -> None:
     raise ValueError(
-        f"the gradient of parameter {name!r} has the layout {layout}, Adafactor takes strided and sparse_coo; "
-        "p.grad = p.grad.to_dense() makes it so"
+        f"the gradient of parameter {name!r} is sparse and the parameter sharded, which Adafactor does not take "
+        "together; build the embedding with sparse=False"
     )
 
 

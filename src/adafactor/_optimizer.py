@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from adafactor import _state
-from adafactor._checks import refuse_layout, refuse_replaced, refuse_shared, warn_of_lost_updates
+from adafactor._checks import refuse_replaced, refuse_shared, refuse_sparse, warn_of_lost_updates
 from adafactor._distributed import Member, Reduction, local, twin
 from adafactor._hyper import DEFAULTS, Hyper, Lr, caller_level, check_lr, dtype_name, resolve
 from adafactor._in_backward import InBackward
@@ -353,7 +353,8 @@ class Adafactor(Optimizer):
                     slot = self._slots.get(p)
                     if slot is None or not slot.take(hyper, p, g, self.state.get(p)):
                         slot = self._slot(p, hyper)
-                        refuse_layout(slot.plan.name, g, slot.sharding is not None)
+                        if slot.sharding and g.layout is not torch.strided:
+                            refuse_sparse(slot.plan.name)
                         slot.fill(hyper, p, g, self.state[p])
                         slot.served = serving(slot.choice, slot.task)
                     slot.task.lr = lr

@@ -85,7 +85,7 @@ def _apply(task: Task) -> None:
     for plane in task.plan.planes:
         state[plane].index_copy_(0, touched.places, touched.state[plane])
     if "param_sq" in task.sums and kept.row_param_sq is not None:
-        kept.row_param_sq.index_copy_(0, touched.places, reference.row_param_sq(touched))
+        kept.row_param_sq = kept.row_param_sq.index_copy(0, touched.places, reference.row_param_sq(touched))
         kept.row_mark = _mark(task)
     task.touched = None
 
