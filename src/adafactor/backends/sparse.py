@@ -1,4 +1,4 @@
-"""Row-sparse gradients, as `nn.Embedding(sparse=True)` makes them: the step of the dense gradient, for the rows touched.
+"""Row-sparse gradients, as `nn.Embedding(sparse=True)` makes them: the dense gradient's step, for the rows touched.
 
 The rows that a gradient touches are taken out as a matrix of their own, stepped by the reference, and put back. Of the
 others nothing has to be read but the row statistics: their g and U are 0, so their weights stay, they add nothing to
