@@ -25,6 +25,8 @@ from adafactor.backends._records import ready as ready
 
 name = "triton"
 
+OLDEST = (3, 4)  # Triton, of those tried
+
 STRIP_ROWS = 128  # the column sums of a strip cost 16 bytes per column; its elements 8 or more in all
 STRIP_LEAST, STRIP_MOST = 1 << 17, 1 << 21  # elements
 STRIP_FULL = 1 << 15  # elements of a full V
@@ -44,6 +46,9 @@ def _module() -> tuple[Any, str | None]:
         return None, f"Triton is not installed ({error}); pip install triton"
     except Exception as error:  # a Triton that does not know this machine or this Python
         return None, f"Triton does not load: {error}"
+    found = _triton_kernels.triton.__version__
+    if tuple(map(int, found.split(".")[:2])) < OLDEST:
+        return None, f"Triton {found} is too old; pip install 'triton>={OLDEST[0]}.{OLDEST[1]}'"
     return _triton_kernels, None
 
 
