@@ -168,7 +168,7 @@ class Adafactor(Optimizer):
     # torch.compiler.disable does the same, but importing it imports the whole compiler.
     @torch._disable_dynamo  # pyright: ignore[reportPrivateImportUsage]
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update every parameter that has a gradient. Never waits for the device.
+        """Update every parameter that has a gradient. Never waits for the device, unless a gradient is sparse.
 
         Where parameters are sharded, every rank has to call it: a step is one collective per process group.
 
