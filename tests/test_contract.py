@@ -252,16 +252,6 @@ def test_an_integer_parameter_is_refused_by_name():
         Adafactor([p])
 
 
-def test_a_sparse_gradient_is_refused_by_name_before_anything_moves():
-    model = torch.nn.ModuleDict({"table": torch.nn.Embedding(40, 40, sparse=True), "head": torch.nn.Linear(40, 1)})
-    optimizer = Adafactor(model.named_parameters(), lr=1e-2)
-    model["head"](model["table"](torch.tensor([1, 2]))).sum().backward()
-    before = copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError, match=r"'table\.weight' is sparse.*sparse=False"):
-        optimizer.step()
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-
-
 def test_frozen_parameters_and_missing_gradients_are_left_alone():
     frozen, unused, used = parameter(4), parameter(4), parameter(4)
     frozen.requires_grad_(False)

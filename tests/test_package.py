@@ -31,6 +31,7 @@ LADDER = {
         "_plan",
         "backends.cpu",
         "backends.reference",
+        "backends.sparse",
         "backends.triton",
     },  # the choice is made when it is asked for
     "backends._records": {"_hyper", "_plan", "backends"},
@@ -38,6 +39,7 @@ LADDER = {
     "backends._triton_kernels": {"backends._records"},
     "backends.triton": {"_hyper", "_plan", "backends", "backends._records", "backends._triton_kernels"},
     "backends.reference": {"_plan", "_rounding", "_schedule", "backends"},
+    "backends.sparse": {"backends", "backends.reference"},
     "_in_backward_guards": set(),
     "_in_backward_turns": set(),
     "_in_backward_ddp": {"_in_backward_turns"},

@@ -17,8 +17,8 @@ from adafactor._plan import TensorPlan
 
 def refuse_sparse(name: str) -> None:
     raise ValueError(
-        f"the gradient of parameter {name!r} is sparse, which Adafactor does not take yet; "
-        "build the embedding with sparse=False"
+        f"the gradient of parameter {name!r} is sparse and the parameter sharded, which Adafactor does not take "
+        "together; build the embedding with sparse=False"
     )
 
 

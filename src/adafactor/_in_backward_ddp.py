@@ -85,7 +85,7 @@ class Buckets:
     def note(self, p: Tensor) -> None:
         """A gradient was added to `p.grad`; DDP copies it to the bucket next."""
         assert p.grad is not None
-        self._used[id(p)] = p.grad.data_ptr()
+        self._used[id(p)] = 0 if p.grad.is_sparse else p.grad.data_ptr()
 
     def reduce(self, bucket: Any) -> torch.futures.Future[Tensor]:
         """The hook: DDP's own reduction, to the bit; and the step of the bucket before while it runs."""

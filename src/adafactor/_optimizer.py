@@ -174,7 +174,7 @@ class Adafactor(Optimizer):
     # torch.compiler.disable does the same, but importing it imports the whole compiler.
     @torch._disable_dynamo  # pyright: ignore[reportPrivateImportUsage]
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update every parameter that has a gradient. Never waits for the device.
+        """Update every parameter that has a gradient. Never waits for the device, unless a gradient is sparse.
 
         Where parameters are sharded, every rank has to call it: a step is one collective per process group.
 
@@ -185,8 +185,8 @@ class Adafactor(Optimizer):
             closure: re-evaluates the model and returns the loss; gradients are enabled while it runs.
 
         Raises:
-            ValueError: for a sparse gradient, and for one of a sharded parameter that is not final or on some ranks
-                only, naming the parameter; and if `step_in_backward` is on and the backward passes since the last step
+            ValueError: for a gradient of a sharded parameter that is sparse, not final, or on some ranks only, naming
+                the parameter; and if `step_in_backward` is on and the backward passes since the last step
                 do not add up.
         """
         loss = None
@@ -356,7 +356,7 @@ class Adafactor(Optimizer):
                     slot = self._slots.get(p)
                     if slot is None or not slot.take(hyper, p, g, self.state.get(p)):
                         slot = self._slot(p, hyper)
-                        if g.layout is not torch.strided:
+                        if slot.sharding and g.layout is not torch.strided:
                             refuse_sparse(slot.plan.name)
                         slot.fill(hyper, p, g, self.state[p])
                         slot.served = serving(slot.choice, slot.task)

@@ -44,6 +44,8 @@ class Task:
         sums: the tensors of `plan.sums`; sweep adds to them.
         rows: what sweep keeps for apply without committing it: the new R.  # [matrices, rows]
         t, beta2: of this update; sweep may note them for apply.
+        places: where the rows that are here lie in the whole, if that is no run; then axis 0 is the view's rows.
+        touched: the rows that a sparse gradient touches, as a task of their own.
     """
 
     plan: TensorPlan
@@ -59,10 +61,12 @@ class Task:
     rows: Tensor | None = None
     t: Any = None  # a float, or a 0-d tensor where reading its value would wait for the device
     beta2: Any = None
+    places: Tensor | None = None
+    touched: Task | None = None
 
     def let_go(self) -> None:
         """Of everything that belongs to one step: gradients are not to outlive it here."""
-        self.g, self.sums, self.rows = NO_GRADIENT, {}, None
+        self.g, self.sums, self.rows, self.touched = NO_GRADIENT, {}, None, None
 
 
 @dataclass(slots=True)
@@ -98,12 +102,16 @@ class Kept:
             fingerprint then.  # [matrices + 1]
         version: p's version then.
         prepared, kind: the backend's own.
+        row_param_sq: per row the sum of p^2 that the last step with a sparse gradient left.  # [rows]
+        row_mark: what p was then.
     """
 
     param_sq: Tensor | None = None
     version: int | None = None
     prepared: Any = None
     kind: Any = None
+    row_param_sq: Tensor | None = None
+    row_mark: Any = None
 
 
 class Backend(Protocol):
@@ -165,7 +173,19 @@ def select(requested: str, plan: TensorPlan, p: Tensor) -> Choice:
 
 
 def serving(choice: Choice, task: Task) -> Choice:
-    """The choice, or the reference where it cannot take this task, and why."""
+    """The choice, or what takes its place where it cannot take this task, and why.
+
+    A sparse gradient whose step moves more than the rows it touches is made dense here.
+    """
+    if task.g.layout is torch.sparse_coo:
+        from adafactor.backends import sparse
+
+        refusal = sparse.refuses(task)
+        if refusal is None:
+            return Choice(sparse, "its gradient is sparse")
+        task.g = task.g.to_dense()
+        dense = serving(choice, task)
+        return Choice(dense.backend, f"{dense.reason}; its sparse gradient is made dense, as {refusal}")
     refusal = choice.backend.refuses(task)
     if refusal is None:
         return choice

@@ -75,6 +75,15 @@ def sum_rows(tasks: Sequence[Task]) -> None:
             task.sums["row_sq"].view(-1)[block.rows] = _read(task.plan, task.g, block).square().sum(2).view(-1)
 
 
+def row_param_sq(task: Task) -> Tensor:
+    """Per row the sum of p^2.  # [matrices * rows]"""
+    matrices, n, _ = task.plan.dims
+    sums = torch.empty(matrices * n, dtype=task.plan.compute_dtype, device=task.p.device)
+    for block in _blocks(task):
+        sums[block.rows] = _weights(task, block).square().sum(2).view(-1)
+    return sums
+
+
 def mean_squares(tasks: Sequence[Task]) -> None:
     """After it: what the columns or matrices that are here add to the means of U^2 and p^2."""
     for task in tasks:
@@ -285,7 +294,7 @@ def _random_bits(task: Task, block: Block, x: Tensor, stream: tuple[int, int]) -
     """For each element of x, which is one block."""
     t = task.t
     key: Any = step_key(stream, t.int()) if isinstance(t, Tensor) else step_key(stream, int(t))
-    return random_bits(key, _element_index(task.plan, block, x.device).view_as(x))
+    return random_bits(key, _element_index(task.plan, block, x.device, task.places).view_as(x))
 
 
 def _rms(plan: TensorPlan, mean_square: Tensor) -> Tensor:
@@ -335,9 +344,10 @@ def _blocks(task: Task, whole_rows: bool = True) -> list[Block]:
     plan, budget = task.plan, BLOCK if task.p.device.type == "cpu" else BLOCK * ACCELERATED
     sizes = tuple(plan.shape[axis] for axis in plan.order)
     _, n, m = plan.dims
+    cuts = _cuts if task.places is None else _cuts.__wrapped__  # as many as there were rows in any step
     if plan.view and (whole_rows or m <= budget):
         lead = len(plan.view.batch) + len(plan.view.rows)
-        runs = _cuts(sizes[:lead], m, budget)
+        runs = cuts(sizes[:lead], m, budget)
         return [
             Block(
                 index,
@@ -349,7 +359,7 @@ def _blocks(task: Task, whole_rows: bool = True) -> list[Block]:
             for index, r, rows in runs
         ]
     blocks = []
-    for index, first, count in _cuts(sizes, 1, budget):
+    for index, first, count in cuts(sizes, 1, budget):
         row, col = divmod(first, m)
         matrix = row // n
         blocks.append(
@@ -399,13 +409,14 @@ def _read(plan: TensorPlan, tensor: Tensor, block: Block) -> Tensor:
     return _piece(plan, tensor, block).to(plan.compute_dtype).reshape(block.shape).contiguous()
 
 
-def _element_index(plan: TensorPlan, block: Block, device: torch.device) -> Tensor:
+def _element_index(plan: TensorPlan, block: Block, device: torch.device, places: Tensor | None) -> Tensor:
     """The row-major index, in the whole parameter, of each element of a block."""
     index = torch.zeros((), dtype=torch.int64, device=device)
     for position, axis in enumerate(plan.order):
         cut = block.index[position] if position < len(block.index) else slice(0, plan.shape[axis])
         stride = math.prod(plan.whole[axis + 1 :])
-        index = index[..., None] + (torch.arange(cut.start, cut.stop, device=device) + plan.offset[axis]) * stride
+        here = torch.arange(cut.start, cut.stop, device=device) if axis or places is None else places[cut]
+        index = index[..., None] + (here + plan.offset[axis]) * stride
     return index
 
 
