@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from torch.optim import lr_scheduler
+from torch.utils.checkpoint import checkpoint
 
 from adafactor import Adafactor, compat
 
@@ -108,7 +109,7 @@ def second_handle():
 def reentrant_checkpoint():
     model, _optimizer, _ = stepping_in_backward()
     inputs = torch.ones(2, 64, requires_grad=True)
-    torch.utils.checkpoint.checkpoint(model, inputs, use_reentrant=True).square().mean().backward()
+    checkpoint(model, inputs, use_reentrant=True).square().mean().backward()
 
 
 def shared_memory():
@@ -119,13 +120,13 @@ def shared_memory():
 
 def flattened_by_fsdp1():
     flat = torch.nn.Parameter(torch.zeros(4096))
-    flat._is_flat_param = True
+    flat._is_flat_param = True  # pyright: ignore[reportAttributeAccessIssue]
     Adafactor([("_fsdp_wrapped_module._flat_param", flat)], lr=1e-3)
 
 
 def partitioned_by_zero():
     part = torch.nn.Parameter(torch.zeros(0))
-    part.ds_id = 0
+    part.ds_id = 0  # pyright: ignore[reportAttributeAccessIssue]
     Adafactor([("layers.0.weight", part)], lr=1e-3)
 
 
