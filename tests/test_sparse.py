@@ -343,7 +343,7 @@ def trained_on_a_rank(in_backward: bool) -> dict[str, Tensor]:
     ddp = nn.parallel.DistributedDataParallel(net)
     optimizer = Adafactor(net.named_parameters(), lr=1e-2)
     if in_backward:
-        optimizer.step_in_backward(ddp=ddp)
+        optimizer.step_in_backward()
     for t in range(3):
         ddp(torch.tensor([1 + dist.get_rank(), 2, 3 + 5 * dist.get_rank(), t])).square().mean().backward()
         optimizer.step()
