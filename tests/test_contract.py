@@ -237,17 +237,6 @@ def test_modifiers_of_what_is_off_are_idle():
     assert torch.equal(p, q)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "name"),
-    [
-        ({"backend": "triton"}, "backend='triton'"),
-    ],
-)
-def test_what_is_not_built_yet_says_so(arguments, name):
-    with pytest.raises(NotImplementedError, match=f"{name}.*not built yet"):
-        Adafactor([parameter(4)], lr=1.0, **arguments)
-
-
 # Gradients and parameters it does not take
 
 

@@ -35,7 +35,7 @@ from _cases import (
 )
 from adafactor import Adafactor
 from adafactor._rounding import random_bits, round_stochastic, step_key, stream_key
-from adafactor.backends import cpu, select
+from adafactor.backends import _records, cpu, select
 from adafactor.memory import WORKSPACE, peak_allocated
 
 pytestmark = pytest.mark.skipif(cpu.missing() is not None, reason=str(cpu.missing()))
@@ -153,7 +153,7 @@ def test_bfloat16_momentum_is_rounded_by_the_definition(shape: Shape, rounding: 
 @pytest.mark.parametrize("first", [2**33 - 64, 2**33 - 37, 2**33 + 2, 2**34 + 1, 2**40])
 def test_the_index_that_rounding_counts_has_64_bits(first: int, monkeypatch: pytest.MonkeyPatch):
     """One huge tensor is not at hand: the index of its first element is moved instead."""
-    monkeypatch.setattr(cpu, "_geometry", lambda plan: (*plan.dims, 33, 35, first, 33 * 35, 35))
+    monkeypatch.setattr(_records, "geometry", lambda plan: (*plan.dims, 33, 35, first, 33 * 35, 35))
     p0, grads = problem((33, 35), steps=1, dtype=torch.bfloat16)
     narrow = parameter(p0)
     narrow.grad = grads[0]

@@ -23,7 +23,7 @@ from torch import Tensor
 from _cases import LAYOUTS, MODES, Shape, Snapshot, assert_close, assert_same_bits, snapshot
 from adafactor import Adafactor
 from adafactor._rounding import random_bits, round_stochastic, step_key, stream_key
-from adafactor.backends import Task, allocate_sums, cpu
+from adafactor.backends import Task, _records, allocate_sums, cpu
 
 pytestmark = pytest.mark.skipif(cpu.missing() is not None, reason=str(cpu.missing()))
 
@@ -116,7 +116,7 @@ PATTERNS = {
     "infinity": lambda g: g.view(-1)[g.numel() // 2 :][:1].fill_(math.inf),
     "overflow": lambda g: g.view(-1)[:1].fill_(3e38),
 }
-MIXTURES = sorted((pair for pair in cpu._MIXTURES if ANY_GRADIENT or pair[0] == pair[1]), key=str)
+MIXTURES = sorted((pair for pair in _records._MIXTURES if ANY_GRADIENT or pair[0] == pair[1]), key=str)
 
 
 def draw(shape: Shape, seed: int, size: float = 1.0, pattern: str = "none", t: int = 3) -> Given:

@@ -24,12 +24,16 @@ from adafactor._rounding import (
     step_key,
     stream_key,
 )
-from adafactor.backends import cpu
+from adafactor.backends import cpu, triton
 from adafactor.memory import WORKSPACE, peak_allocated
 
+slow = pytest.mark.slow  # in Triton's interpreter
 BACKENDS = [
     "reference",
     pytest.param("cpu", marks=pytest.mark.skipif(cpu.missing() is not None, reason=str(cpu.missing()))),
+    pytest.param(
+        "triton", marks=[pytest.mark.skipif(triton.missing() is not None, reason=str(triton.missing())), slow]
+    ),
 ]
 SHAPES: list[Shape] = [(31,), (40, 70), (33, 35), (3, 40, 33), (33, 4, 3, 3), (700, 301), (34, 9001)]
 each_backend = pytest.mark.parametrize("backend", BACKENDS)

@@ -27,8 +27,17 @@ LADDER = {
     "_state": {"_distributed", "_hyper", "_plan", "_rounding"},
     "_reports": {"_plan", "backends"},
     "_slot": {"_checks", "_distributed", "_hyper", "_plan", "_rounding", "_state", "backends"},
-    "backends": {"_hyper", "_plan", "backends.cpu", "backends.reference"},  # the choice is made when it is asked for
-    "backends.cpu": {"_hyper", "_plan", "backends"},
+    "backends": {
+        "_hyper",
+        "_plan",
+        "backends.cpu",
+        "backends.reference",
+        "backends.triton",
+    },  # the choice is made when it is asked for
+    "backends._records": {"_hyper", "_plan", "backends"},
+    "backends.cpu": {"_plan", "backends", "backends._records"},
+    "backends._triton_kernels": {"backends._records"},
+    "backends.triton": {"_hyper", "_plan", "backends", "backends._records", "backends._triton_kernels"},
     "backends.reference": {"_plan", "_rounding", "_schedule", "backends"},
     "_in_backward_guards": set(),
     "_in_backward_turns": set(),

@@ -441,18 +441,6 @@ def test_contradictions_are_refused_with_the_fix(maker: str, kwargs: dict[str, A
         MAKERS[maker](**kwargs)
 
 
-@pytest.mark.parametrize(
-    ("kwargs", "message"),
-    [
-        ({"backend": "triton"}, "triton"),
-    ],
-    ids=str,
-)
-def test_what_is_not_built_yet_says_so(kwargs: dict[str, Any], message: str):
-    with pytest.raises(NotImplementedError, match=f"{message}.* not built yet"):
-        MAKERS["Adafactor"](**kwargs)
-
-
 @pytest.mark.parametrize("maker", MAKERS)
 def test_modifiers_of_what_is_off_are_idle(maker: str):
     MAKERS[maker](momentum_dtype=torch.int8, momentum_mode="unscaled", nesterov=True, weight_decay_mode="independent")

@@ -97,12 +97,13 @@ class Kept:
         param_sq: the sums of p^2 that its last write of p left, which hold while nobody else writes to p, and p's
             fingerprint then.  # [matrices + 1]
         version: p's version then.
-        prepared: the backend's own.
+        prepared, kind: the backend's own.
     """
 
     param_sq: Tensor | None = None
     version: int | None = None
     prepared: Any = None
+    kind: Any = None
 
 
 class Backend(Protocol):
@@ -133,15 +134,15 @@ def check_available(requested: str) -> None:
 
     Raises:
         ValueError: if `requested` is no backend, or one that this installation lacks.
-        NotImplementedError: if this version does not have it yet.
     """
-    from adafactor.backends import cpu
+    from adafactor.backends import cpu, triton
 
     check_backend(requested)
-    if requested == "triton":
-        raise NotImplementedError("backend='triton' is not built yet; available: 'auto', 'reference', 'cpu'")
-    if requested == "cpu" and cpu.missing():
-        raise ValueError(f"backend='cpu' is not available: {cpu.missing()}; use backend='auto' or 'reference'")
+    for backend in (cpu, triton):
+        if requested == backend.name and backend.missing():
+            raise ValueError(
+                f"backend={requested!r} is not available: {backend.missing()}; use backend='auto' or 'reference'"
+            )
 
 
 def select(requested: str, plan: TensorPlan, p: Tensor) -> Choice:
@@ -150,15 +151,16 @@ def select(requested: str, plan: TensorPlan, p: Tensor) -> Choice:
     Raises:
         ValueError: if it was asked for by name and cannot serve this parameter.
     """
-    from adafactor.backends import cpu, reference
+    from adafactor.backends import cpu, reference, triton
 
     if requested == "reference":
         return Choice(reference, "asked for")
-    refusal = cpu.refuses_parameter(plan, p)
+    backend = triton if requested == "triton" or (requested == "auto" and p.device.type != "cpu") else cpu
+    refusal = backend.refuses_parameter(plan, p)
     if refusal is None:
-        return Choice(cpu, f"CPU kernels, {cpu.instruction_set()}")
-    if requested == "cpu":
-        raise ValueError(f"backend='cpu' cannot serve parameter {plan.name!r}: {refusal}; use backend='auto'")
+        return Choice(backend, backend.describe())
+    if requested == backend.name:
+        raise ValueError(f"backend={requested!r} cannot serve parameter {plan.name!r}: {refusal}; use backend='auto'")
     return Choice(reference, refusal)
 
 

@@ -36,6 +36,7 @@ from adafactor.backends import Task, allocate_sums
 name = "reference"
 
 BLOCK = 1 << 15  # elements read at once: a float32 block and its temporaries stay below 4 MiB
+ACCELERATED = 1 << 7  # times as many on a GPU, where every operation is a launch
 
 
 def ready(task: Task) -> bool:
@@ -70,7 +71,7 @@ def apply(tasks: Sequence[Task]) -> None:
 def sum_rows(tasks: Sequence[Task]) -> None:
     """Before a sweep whose rows are split over devices: per row the sum of g^2, which has to be complete by then."""
     for task in tasks:
-        for block in _blocks(task.plan):
+        for block in _blocks(task):
             task.sums["row_sq"].view(-1)[block.rows] = _read(task.plan, task.g, block).square().sum(2).view(-1)
 
 
@@ -93,7 +94,7 @@ def _sweep_factored(task: Task) -> None:
     m = plan.whole_dims[2]
     R = _ordered(task.state[plan.row_stat], plan.row_axes).reshape(-1)  # [matrices * rows]
     R = R * task.beta2  # a copy: nothing is committed before apply
-    for block in _blocks(plan):
+    for block in _blocks(task):
         b = block.matrices
         G2 = _read(plan, task.g, block).square()  # [b, r, m]
         row_sq = G2.sum(2)  # [b, r]
@@ -112,7 +113,7 @@ def _sweep_factored(task: Task) -> None:
 def _sweep_full(task: Task) -> None:
     """The sums of g^2, U^2 and p^2."""
     plan, sums = task.plan, task.sums
-    for block in _blocks(plan):
+    for block in _blocks(task):
         G2 = _read(plan, task.g, block).square()
         sums["grad_sq"] += G2.sum()
         sums["update_sq"] += (G2 / _full_V(task, block, G2)).sum()
@@ -142,7 +143,7 @@ def _apply(task: Task) -> None:
         ok &= sums["finite"].isfinite().all()
     moves = ok & (rho != 0)
 
-    for block in _blocks(plan, whole_rows="exp_avg_scale" in state):
+    for block in _blocks(task, whole_rows="exp_avg_scale" in state):
         g, p = _read(plan, task.g, block), _weights(task, block)  # [b, r, m]
         if factors:
             U = g * factors.a.view(-1)[block.rows].view(*g.shape[:2], 1)
@@ -329,13 +330,14 @@ class Block(NamedTuple):
         return scalars[self.matrices, None, None]
 
 
-def _blocks(plan: TensorPlan, whole_rows: bool = True) -> list[Block]:
+def _blocks(task: Task, whole_rows: bool = True) -> list[Block]:
     """The blocks in their order. Only a sweep needs whole rows; without, wide rows are cut as well."""
+    plan, budget = task.plan, BLOCK if task.p.device.type == "cpu" else BLOCK * ACCELERATED
     sizes = tuple(plan.shape[axis] for axis in plan.order)
     _, n, m = plan.dims
-    if plan.view and (whole_rows or m <= BLOCK):
+    if plan.view and (whole_rows or m <= budget):
         lead = len(plan.view.batch) + len(plan.view.rows)
-        runs = _cuts(sizes[:lead], m, BLOCK)
+        runs = _cuts(sizes[:lead], m, budget)
         return [
             Block(
                 index,
@@ -347,7 +349,7 @@ def _blocks(plan: TensorPlan, whole_rows: bool = True) -> list[Block]:
             for index, r, rows in runs
         ]
     blocks = []
-    for index, first, count in _cuts(sizes, 1, BLOCK):
+    for index, first, count in _cuts(sizes, 1, budget):
         row, col = divmod(first, m)
         matrix = row // n
         blocks.append(

@@ -35,6 +35,7 @@ class Entry:
         config: the arguments of ``Adafactor``; empty where it is not ours.
         copies: float32 copies of the largest tensor that its step makes, as a rule; for the memory check.
         whole_copies: such copies of all weights.
+        passes: how often a step reads or writes memory the size of the weights, in their dtype, if it has to be known.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Entry:
     config: dict[str, Any] = field(default_factory=dict, hash=False)
     copies: int = 0
     whole_copies: int = 0
+    passes: int | None = None
 
     @property
     def installed(self) -> bool:
@@ -65,11 +67,11 @@ class Entry:
             return self.make(named, backend)
 
 
-def _ours(name: str, title: str, description: str, config: dict[str, Any]) -> Entry:
+def _ours(name: str, title: str, description: str, config: dict[str, Any], passes: int | None) -> Entry:
     def make(named: Named, backend: str) -> torch.optim.Optimizer:
         return Adafactor(named, **config, backend=backend)
 
-    return Entry(name, title, description, "adafactor", make, config)
+    return Entry(name, title, description, "adafactor", make, config, passes=passes)
 
 
 def _theirs(
@@ -82,6 +84,7 @@ def _theirs(
     note: str = "",
     copies: int = 0,
     whole_copies: int = 0,
+    passes: int | None = None,
 ) -> Entry:
     def make(named: Named, backend: str) -> torch.optim.Optimizer:
         # Not all of them take named parameters.
@@ -89,20 +92,28 @@ def _theirs(
 
     shown = ", ".join([f"lr={LR:g}", *(f"{key}={value}" for key, value in arguments.items())])
     description = f"{module}.{kind}({shown})" + f"; {note}" * bool(note)
-    return Entry(name, title, description, package, make, copies=copies, whole_copies=whole_copies)
+    return Entry(name, title, description, package, make, copies=copies, whole_copies=whole_copies, passes=passes)
 
 
-ADAFACTOR = _ours("adafactor", "adafactor", "lr=0.001, scale_parameter=True", OURS)
+ADAFACTOR = _ours("adafactor", "adafactor", "lr=0.001, scale_parameter=True", OURS, passes=4)
 MOMENTUM = _ours(
     "adafactor-momentum",
     "adafactor, momentum",
     "lr=0.001, scale_parameter=True, beta1=0.9, momentum_dtype=bfloat16",
     OURS | {"beta1": 0.9, "momentum_dtype": "bfloat16"},
+    passes=None,
 )
-ADAMW = _theirs("adamw", "AdamW, fused", "torch", "torch.optim", "AdamW", {"weight_decay": 0.0, "fused": True})
+ADAMW = _theirs(
+    "adamw", "AdamW, fused", "torch", "torch.optim", "AdamW", {"weight_decay": 0.0, "fused": True}, passes=7
+)
 SGD = _theirs(
-    "sgd", "SGD, fused", "torch", "torch.optim", "SGD", {"fused": True}, "one pass over the memory: nothing is faster"
-)
+    "sgd", "SGD, fused", "torch", "torch.optim", "SGD", {"fused": True}, "one pass over the memory: nothing is faster",
+    passes=3,
+)  # fmt: skip
+EIGHT_BIT = _theirs(
+    "adamw-8bit", "AdamW, 8-bit", "bitsandbytes", "bitsandbytes.optim", "AdamW8bit", {"weight_decay": 0.0},
+    "moments in one byte",
+)  # fmt: skip
 _ALL = (
     ADAFACTOR,
     _theirs("torch", "torch.optim", "torch", "torch.optim", "Adafactor", {}, copies=3),
@@ -139,6 +150,7 @@ _ALL = (
         copies=2,
         whole_copies=1,
     ),
+    EIGHT_BIT,
 )  # fmt: skip
 ENTRIES = {entry.name: entry for entry in _ALL}
 BASELINES = (ADAMW, SGD)

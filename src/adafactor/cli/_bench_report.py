@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from adafactor.cli import _html
-from adafactor.cli._bench_entries import ADAMW, BASELINES, LR, MOMENTUM, SGD
+from adafactor.cli._bench_entries import ADAMW, BASELINES, EIGHT_BIT, LR, MOMENTUM, SGD
 from adafactor.cli._bench_gate import RATES, SHAPES, Verdict
 from adafactor.cli._files import write_atomic, write_json
 from adafactor.cli._pictures import STYLE
@@ -66,7 +66,9 @@ def headline(cases: list[Found]) -> str:
         return "Nothing was timed."
     case = cases[0]
     rows = {row["name"]: row for row in case["optimizers"] if row["to_adamw"]}
-    others = [row for name, row in rows.items() if name not in _OURS and name not in (ADAMW.name, SGD.name)]
+    others = [
+        row for name, row in rows.items() if name not in _OURS and name not in (ADAMW.name, SGD.name, EIGHT_BIT.name)
+    ]
     said = []
     if ours := next((rows[name] for name in _OURS if name in rows), None):
         floor = f" and {times(ours['to_sgd'])} as long as one of fused SGD" if ours["to_sgd"] else ""
@@ -101,6 +103,7 @@ def notes(cases: list[Found], missing: list[str], unfinished: list[str], repeats
         if short:
             sat = ", ".join(f"{title} after {rounds}" for title, rounds in short.items())
             said.append(f"On {case['title']} the slow ones sat out the later rounds: {sat} of {case['rounds']}.")
+    said += [_bandwidth(case) for case in cases]
     if missing:
         said.append(f"Not installed, so not timed: {', '.join(missing)} (pip install {' '.join(missing)}).")
     if any(case["dtype"] != "float32" for case in cases):
@@ -109,6 +112,19 @@ def notes(cases: list[Found], missing: list[str], unfinished: list[str], repeats
             "nearest, which is less work and loses small updates."
         )
     return said
+
+
+def _bandwidth(case: Found) -> str:
+    """How near to the memory's speed those come whose traffic is known."""
+    copied, shares = case["copy_bytes_per_second"], []
+    for row in case["optimizers"]:
+        moved = row["moved_bytes_per_parameter"]
+        if moved and row["step_ms"]:
+            rate = moved * case["parameters"] / (row["step_ms"]["median"] / 1e3)
+            shares.append(f"{row['title']} moves {moved} bytes per parameter at {rate / copied:.0%} of that")
+    return (
+        f"On {case['title']} a plain copy moves {copied / 1e9:.3g} GB/s" + f"; {', '.join(shares)}" * bool(shares) + "."
+    )
 
 
 def table(case: Found) -> Table:

@@ -63,7 +63,9 @@ def _model(name: str) -> Callable[[], Iterator[Shape]]:
 PRESETS: dict[str, Callable[[], Iterator[Shape]]] = {
     "t5-encoder": _t5_encoder,
     "t5-base": _model("t5-base"),
+    "t5-large": _model("t5-large"),
     "gpt2": _model("gpt2"),
+    "llama-3-8b": _model("llama-3-8b"),
     "resnet": _model("resnet-50"),
     "sdxl-unet": _model("sdxl-unet"),
     "many-small": lambda: iter([(64, 64)] * 5000),
