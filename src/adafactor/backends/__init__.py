@@ -104,6 +104,7 @@ class Kept:
         prepared: the backend's own.
         row_param_sq: per row the sum of p^2 that the last step with a sparse gradient left.  # [rows]
         row_mark: what p was then.
+        prepared, kind: the backend's own.
     """
 
     param_sq: Tensor | None = None
@@ -111,6 +112,7 @@ class Kept:
     prepared: Any = None
     row_param_sq: Tensor | None = None
     row_mark: Any = None
+    kind: Any = None
 
 
 class Backend(Protocol):

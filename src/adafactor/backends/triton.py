@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import lru_cache
 from itertools import chain
+from threading import Lock
 from typing import Any, NamedTuple
 
 import torch
@@ -75,13 +76,18 @@ def refuses_parameter(plan: TensorPlan, p: Tensor) -> str | None:
         return f"no kernels for {p.device.type}"
     elif p.device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(p.device) < (8, 0):
         return "Triton needs a GPU of compute capability 8.0 or more"
+    if plan.factored and plan.dims[2] >= 1 << 28:
+        return "its rows are too long for offsets of 32 bits"
     return missing() or _records.refuses_parameter(plan, p)
 
 
 def refuses(task: Task) -> str | None:
     """Why the kernels cannot take this task, or None."""
     plan = task.plan
-    return _records.refuses(task, sums_of_squares=plan.dims[0] * cut(plan.factored, plan.dims).blocks)
+    refusal = _records.refuses(task, sums_of_squares=plan.dims[0] * cut(plan.factored, plan.dims).blocks)
+    if refusal is None:
+        task.kept.kind = _Kind.of(task)
+    return refusal
 
 
 def step(tasks: Sequence[Task]) -> None:
@@ -214,15 +220,17 @@ class _Kind(NamedTuple):
 
     @classmethod
     def of(cls, task: Task) -> _Kind:
-        p, g, state = task.p, task.g, task.state
+        p, g, state, plan = task.p, task.g, task.state, task.plan
         momentum = state.get("exp_avg", state.get("exp_avg_code"))
-        tensors = [p, g] if momentum is None else [p, g, momentum]
-        tensors += [state[key] for key in (*task.plan.planes, "exp_avg_sq") if key in state]
+        tensors = [
+            p,
+            *(state[name] for name in (*plan.planes, "exp_avg", "exp_avg_code", "exp_avg_sq") if name in state),
+        ]
         aligned = not any(tensor.data_ptr() % 16 for tensor in tensors)
-        aligned = aligned and (not task.plan.factored or task.plan.dims[2] % 16 == 0)
+        aligned = aligned and (not plan.factored or plan.dims[2] % 16 == 0)
         kept = None if momentum is None else momentum.dtype
         stochastic = task.hyper.rounding == "stochastic"
-        return cls(p.device, p.dtype, g.dtype, kept, len(task.plan.planes), stochastic, aligned)
+        return cls(p.device, p.dtype, g.dtype, kept, len(plan.planes), stochastic, aligned)
 
 
 class _Loaded(NamedTuple):
@@ -238,7 +246,8 @@ class _Loaded(NamedTuple):
 def _run(tasks: Sequence[Task], phases: int) -> None:
     kinds: dict[_Kind, list[Task]] = {}
     for task in tasks:
-        kinds.setdefault(_Kind.of(task), []).append(task)
+        kind = task.kept.kind
+        kinds.setdefault(kind._replace(ALIGNED=False) if task.g.data_ptr() % 16 else kind, []).append(task)
     for kind, batch in kinds.items():
         with nullcontext() if kind.device.type == "cpu" else torch.get_device_module(kind.device).device(kind.device):
             _run_kind(kind, batch, phases)
@@ -327,6 +336,7 @@ _reserve: dict[
 ] = {}  # for CUDA graphs: while one is captured, nothing can be allocated or waited for
 _captured: list[Tensor] = []  # what graphs copy from whenever they are replayed
 _RESERVE = 1 << 17  # int64
+_lock = Lock()  # autograd steps parameters in threads of its own
 
 
 def _upload(device: torch.device, parts: list[bytes]) -> list[Tensor]:
@@ -340,22 +350,24 @@ def _upload(device: torch.device, parts: list[bytes]) -> list[Tensor]:
 def _copied(device: torch.device, words: Tensor) -> Tensor:
     """The same on the device, without a wait for it."""
     there, size = torch.empty_like(words, device=device), len(words)
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        memory, _reserve[device] = _reserve.get(device, _pinned(0)).tensor_split([size])
-        if len(memory) < size:
-            memory = _pinned(size)
-        _captured.append(memory)
-        there.copy_(memory.copy_(words), non_blocking=True)
-        return there
-    ring = _ring.setdefault(device, [])
-    free = next((slot for slot in ring if len(slot.memory) >= size and slot.copied.query()), None)
-    if free is None:
-        free = _Pinned(_pinned(1 << (size - 1).bit_length()), torch.get_device_module(device).Event())
-        ring.append(free)
-    there.copy_(free.memory[:size].copy_(words), non_blocking=True)
-    free.copied.record()
-    if len(_reserve.get(device, ())) < max(_RESERVE, size):
-        _reserve[device] = _pinned(2 * max(_RESERVE, size))
+    with _lock:
+        reserve = _reserve.get(device)
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            if reserve is None or len(reserve) < size:  # no step came before, or not one like this
+                reserve = _pinned(size)
+            memory, _reserve[device] = reserve[:size], reserve[size:]
+            _captured.append(memory)
+            there.copy_(memory.copy_(words), non_blocking=True)
+            return there
+        ring = _ring.setdefault(device, [])
+        slot = next((slot for slot in ring if len(slot.memory) >= size and slot.copied.query()), None)
+        if slot is None:
+            slot = _Pinned(_pinned(1 << (size - 1).bit_length()), torch.get_device_module(device).Event())
+            ring.append(slot)
+        there.copy_(slot.memory[:size].copy_(words), non_blocking=True)
+        slot.copied.record()
+        if reserve is None or len(reserve) < max(_RESERVE, size):
+            _reserve[device] = _pinned(2 * max(_RESERVE, size))
     return there
 
 
