@@ -101,17 +101,17 @@ class Kept:
         param_sq: the sums of p^2 that its last write of p left, which hold while nobody else writes to p, and p's
             fingerprint then.  # [matrices + 1]
         version: p's version then.
-        prepared, kind: the backend's own.
         row_param_sq: per row the sum of p^2 that the last step with a sparse gradient left.  # [rows]
         row_mark: what p was then.
+        prepared, kind: the backend's own.
     """
 
     param_sq: Tensor | None = None
     version: int | None = None
-    prepared: Any = None
-    kind: Any = None
     row_param_sq: Tensor | None = None
     row_mark: Any = None
+    prepared: Any = None
+    kind: Any = None
 
 
 class Backend(Protocol):
