@@ -38,7 +38,7 @@ from adafactor.cli import _checkpoint, _text
 from adafactor.cli._contenders import CONTENDERS
 from adafactor.cli._files import write_atomic, write_json
 from adafactor.cli._loop import Setup, StopSignal, Trainer, train
-from adafactor.cli._model import ByteTransformer
+from adafactor.cli._model import ByteTransformer, NextByte
 from adafactor.cli._pictures import STYLE, label_ends
 from adafactor.cli._results import machine
 from adafactor.cli._trace_draw import ADAFACTOR, ADAM, INK, MUTED, png
@@ -93,7 +93,7 @@ class Continuation(Trainer):
         self.warnings = [str(warning.message) for warning in caught]
 
     def fresh_model(self) -> ByteTransformer:
-        model = Float32Compute(self.setup.model, self.setup.seed)
+        model = Float32Compute(cast(NextByte, self.task).config, self.setup.seed)
         model.load_state_dict(self._start)
         return model
 
@@ -201,7 +201,7 @@ def run(name: str, setup: Setup, lr: float, start: dict[str, Tensor], corpus: _t
 
 
 def run_in_process(name: str, setup: Setup, lr: float, start: dict[str, Tensor]) -> dict[str, Any]:
-    return run(name, setup, lr, start, _text.load(None, setup.context))
+    return run(name, setup, lr, start, _text.load(None))
 
 
 def by_mode(cells: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
@@ -300,7 +300,7 @@ def main() -> None:
 def complete(options: argparse.Namespace, stored: dict[str, Any]) -> None:
     """Run what is missing, and write every training as it finishes."""
     setup = Setup(steps=options.steps, device="cpu", threads=options.threads)
-    corpus = _text.load(None, setup.context)
+    corpus = _text.load(None)
     fixed, cells = label(options, setup, corpus), stored["cells"]
     if cells and {key: stored[key] for key in fixed} != fixed:
         raise SystemExit(f"{options.out} was made with other settings or another text; choose another --out")

@@ -36,7 +36,8 @@ VARIANTS: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
     "absolute, Nesterov": ({"nesterov": True}, (1.5e-3, 3e-3, 6e-3)),
     "absolute": ({"nesterov": False}, (1.5e-3, 3e-3, 6e-3)),
 }
-GRID: dict[str, tuple[float | None, ...]] = {name: c.grid or (None,) for name, c in CONTENDERS.items()}
+SWEPT = [name for name, c in CONTENDERS.items() if c.swept_loss is not None]
+GRID: dict[str, tuple[float | None, ...]] = {name: CONTENDERS[name].grid or (None,) for name in SWEPT}
 GRID |= {name: grid for name, (_, grid) in VARIANTS.items()}
 Cell = tuple[str, float | None, int]
 
@@ -64,7 +65,7 @@ def run(cell: Cell, setup: Setup) -> dict[str, Any]:
     """Train once; the cell with its validation loss, None where it diverged."""
     name, lr, seed = cell
     setup = replace(setup, seed=seed)
-    trainer = Trainer(setup, contender(name), lr, _text.load(None, setup.context))
+    trainer = Trainer(setup, contender(name), lr, _text.load(None))
     rows, started = _Rows(), time.perf_counter()
     try:
         train(trainer, rows, StopSignal(), on_line=lambda line: None)
@@ -92,9 +93,7 @@ def table(cells: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--only", default=",".join(CONTENDERS), help="which of the CLI's optimizers, separated by commas"
-    )
+    parser.add_argument("--only", default=",".join(SWEPT), help="which of the CLI's optimizers, separated by commas")
     parser.add_argument("--variants", action="store_true", help="the variants of Adafactor's recipe instead")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--lr", type=float, nargs="*", help="these instead of the grid")

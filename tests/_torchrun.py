@@ -41,7 +41,7 @@ def trained(corpus: _text.Corpus, contender: str, **setup: Any) -> dict[str, Any
 
 def together(text: Path, out: Path) -> None:
     """Every way to shard, then mistakes, then a bug on one process."""
-    corpus, found = _text.load(text, SIZES["context"]), {}
+    corpus, found = _text.load(text), {}
     ranks = _ranks.count("fsdp", "cpu")
     _ranks.join("cpu")
     for shard, name in TRAININGS:

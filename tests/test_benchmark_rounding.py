@@ -27,7 +27,7 @@ LR = 1e-5
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> _text.Corpus:
     path = tmp_path_factory.mktemp("text") / "text.txt"
     path.write_text("".join(f"line {j}: {j * j % 97}\n" for j in range(800)))
-    return _text.load(path, SETUP.context)
+    return _text.load(path)
 
 
 @pytest.fixture(scope="module")

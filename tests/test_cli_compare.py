@@ -79,12 +79,12 @@ def test_compare_answers_and_writes_everything(text: Path, tmp_path: Path, capsy
 
 def test_every_optimizer_starts_from_the_same_weights_and_sees_the_same_batches(text: Path) -> None:
     setup = Setup(steps=3, width=16, depth=1, heads=2, context=16, threads=1)
-    corpus = _text.load(text, setup.context)
+    corpus = _text.load(text)
     trainers = [Trainer(setup, contender, contender.lr, corpus) for contender in CONTENDERS.values()]
     for trainer in trainers[1:]:
         for p, q in zip(trainers[0].model.parameters(), trainer.model.parameters(), strict=True):
             assert torch.equal(p, q)
-    batches = [[t.corpus.batch(4, 16, t.generator) for _ in range(3)] for t in trainers]
+    batches = [[t.corpus.batch(4, 17, t.generator) for _ in range(3)] for t in trainers]
     assert all(torch.equal(a, b) for other in batches[1:] for a, b in zip(batches[0], other, strict=True))
 
 
@@ -92,7 +92,7 @@ def test_the_schedule_is_the_same_for_all_but_the_paper(text: Path) -> None:
     setup = Setup(steps=40, width=16, depth=1, heads=2, context=16, threads=1)
     assert [setup.rate(1), setup.rate(2)] == [0.5, 1.0]
     assert [setup.rate(21), setup.rate(40)] == pytest.approx([0.5 + 0.5 * np.cos(np.pi * 19 / 39), 0.00162], abs=1e-5)
-    corpus = _text.load(text, setup.context)
+    corpus = _text.load(text)
     for contender in CONTENDERS.values():
         trainer = Trainer(setup, contender, contender.lr, corpus)
         trainer.step()
@@ -197,7 +197,7 @@ def test_no_content_is_on_both_sides_whatever_the_files_are_called(tmp_path: Pat
     text = write_files(tmp_path / "text", 30)
     for i in range(30):
         (text / f"copy of {i}.txt").write_bytes((text / f"{i}.txt").read_bytes())
-    corpus = _text.load(text, 16)
+    corpus = _text.load(text)
     assert corpus.train.files + corpus.validation.files == 30, "copies count once"
     sides = [bytes(part.data.numpy().tobytes()) for part in (corpus.train, corpus.validation)]
     for i in range(30):
@@ -208,17 +208,17 @@ def test_no_content_is_on_both_sides_whatever_the_files_are_called(tmp_path: Pat
 
 def test_the_split_does_not_depend_on_names_or_places(tmp_path: Path) -> None:
     text = write_files(tmp_path / "text", 20)
-    first = _text.load(text, 16).describe()
+    first = _text.load(text).describe()
     (text / "deep").mkdir()
     (text / "0.txt").rename(text / "deep" / "z.txt")
-    moved = _text.load(text, 16).describe()
+    moved = _text.load(text).describe()
     assert (first["train"], first["validation"]) == (moved["train"], moved["validation"])
 
 
 def test_one_file_is_cut_into_disjoint_parts_and_the_report_says_so(tmp_path: Path) -> None:
     path = tmp_path / "one.bin"
     path.write_bytes(bytes(range(256)) * 40)
-    corpus = _text.load(path, 16)
+    corpus = _text.load(path)
     assert corpus.split == "one file cut in two: its first 90 % trains, its last 10 % validates"
     assert corpus.train.data.numel() == 9216
     assert bytes(torch.cat([corpus.train.data, corpus.validation.data]).tolist()) == path.read_bytes()
@@ -227,27 +227,27 @@ def test_one_file_is_cut_into_disjoint_parts_and_the_report_says_so(tmp_path: Pa
 def test_two_files_give_one_to_each_side(tmp_path: Path) -> None:
     text = write_files(tmp_path / "text", 2)
     (text / "1.txt").write_text("short, but long enough\n" * 20)
-    corpus = _text.load(text, 16)
+    corpus = _text.load(text)
     assert (corpus.train.files, corpus.validation.files) == (1, 1)
     assert corpus.validation.data.numel() == 460, "the smaller one validates"
 
 
 def test_hidden_and_binary_files_of_a_directory_are_left_out(text: Path) -> None:
-    before = _text.load(text, 16).describe()
+    before = _text.load(text).describe()
     (text / ".hidden").write_text("secret " * 100)
     (text / "image.png").write_bytes(b"\x89PNG\0" + bytes(1000))
     (text / ".git").mkdir()
     (text / ".git" / "config").write_text("config " * 100)
     (text / "dangling").symlink_to("/nowhere")
-    assert _text.load(text, 16).describe() == before
+    assert _text.load(text).describe() == before
 
 
 def test_validation_windows_are_fixed_disjoint_and_spread(text: Path) -> None:
-    corpus = _text.load(text, 16)
-    windows = corpus.validation_windows(10, 16)
+    corpus = _text.load(text)
+    windows = corpus.validation_windows(10, 17)
     assert windows.shape == (10, 17)
-    assert torch.equal(windows, corpus.validation_windows(10, 16))
-    everything = corpus.validation_windows(10**6, 16)
+    assert torch.equal(windows, corpus.validation_windows(10, 17))
+    everything = corpus.validation_windows(10**6, 17)
     assert len(everything) == corpus.validation.data.numel() // 17
     assert torch.equal(everything[0], corpus.validation.data[:17].long())
 
@@ -256,9 +256,9 @@ def test_validation_windows_are_fixed_disjoint_and_spread(text: Path) -> None:
 def test_text_that_cannot_be_used(content: bytes, message: str, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(content)
     with pytest.raises(UserError, match=message):
-        _text.load(tmp_path / "a.txt", 16)
+        _text.load(tmp_path / "a.txt").checked(17)
     with pytest.raises(UserError, match=message):
-        _text.load(tmp_path, 16)
+        _text.load(tmp_path).checked(17)
 
 
 def test_the_default_text_is_the_standard_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -268,7 +268,7 @@ def test_the_default_text_is_the_standard_library(monkeypatch: pytest.MonkeyPatc
     (tmp_path / "a.py").write_text("read = 1\n" * 100)
     (tmp_path / "b.py").write_text("read = 2\n" * 50)
     monkeypatch.setattr("sysconfig.get_paths", lambda: {"stdlib": str(tmp_path)})
-    corpus = _text.load(None, 16)
+    corpus = _text.load(None)
     assert (corpus.train.data.numel(), corpus.validation.data.numel()) == (900, 450)
 
 

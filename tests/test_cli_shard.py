@@ -98,7 +98,7 @@ def test_four_processes_train_as_one(shard: str, contender: str, text: Path, tra
     of itself, and that comes to 10 times the step of 0.05 RMS(p): below 4e-3 RMS(p). Measured are 5e-7 and 3e-4.
     """
     of_loss, of_weights = (1e-5, 1e-3) if contender == "adafactor" else (1e-6, 2e-6)
-    alone = trained(_text.load(text, SIZES["context"]), contender)
+    alone = trained(_text.load(text), contender)
     found = torch.load(trainings / "found.pt")[shard, contender]
     assert found["losses"] == pytest.approx(alone["losses"], rel=of_loss)
     assert found["val_loss"] == pytest.approx(alone["val_loss"], rel=of_loss)

@@ -26,6 +26,7 @@ class Run:
     optimizer: str
     lr: float | None
     data: str | None
+    tokenizer: str = ""  # JSON; none where the model reads bytes
 
 
 def save(path: Path, run: Run, trainer: Trainer) -> None:

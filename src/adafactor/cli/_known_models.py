@@ -335,6 +335,10 @@ MODELS: dict[str, Callable[[], Sketch]] = {
     "mt5-large": partial(_mt5, 1024, 2816, 16, 24),
     "mt5-xl": partial(_mt5, 2048, 5120, 32, 24),
     "mt5-xxl": partial(_mt5, 4096, 10_240, 64, 24),
+    "bert-tiny": partial(bert, 128, 2),  # this and the next three: arXiv 1908.08962
+    "bert-mini": partial(bert, 256, 4),
+    "bert-small": partial(bert, 512, 4),
+    "bert-medium": partial(bert, 512, 8),
     "bert-base": partial(bert, 768, 12),
     "bert-large": partial(bert, 1024, 24),
     "gpt2": partial(gpt2, 768, 12),

@@ -9,21 +9,19 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from adafactor._distributed import local
-from adafactor.cli import _ranks
+from adafactor.cli import _models, _ranks
 from adafactor.cli._contenders import Contender
 from adafactor.cli._errors import UserError
-from adafactor.cli._model import ByteTransformer, Loss, ModelConfig
+from adafactor.cli._model import Loss, ModelConfig
 from adafactor.cli._text import Corpus
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-CLIP_NORM = 1.0
-WARMUP_SHARE = 0.05
 VALIDATION_WINDOWS = 256
 
 
@@ -31,8 +29,10 @@ VALIDATION_WINDOWS = 256
 class Setup:
     """Everything besides the optimizer and the text that decides the numbers.
 
+    A model that comes in sizes has its width, depth and heads from there, and its vocabulary unless one is given.
+
     Raises:
-        UserError: a value is out of range, or the device is not there.
+        UserError: a value is out of range, or the device or the package that has the model is not there.
     """
 
     steps: int = 500
@@ -47,6 +47,9 @@ class Setup:
     threads: int = 0
     shard: str | None = None
     ranks: int = 1
+    model: str = "gpt"
+    size: str | None = None
+    vocabulary: int = 0
 
     def __post_init__(self) -> None:
         limits = (("steps", 1, 10**9), ("batch_size", 1, 10**6), ("seed", 0, 2**63 - 1), ("threads", 0, 512))
@@ -56,8 +59,9 @@ class Setup:
         if self.dtype not in DTYPES:
             raise UserError(f"--dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         device = resolved_device(self.device)
+        self._resolve_size()
         try:
-            _ = self.model
+            self.task()
         except ValueError as error:
             raise UserError(f"--{error}") from error
         if self.batch_size % self.ranks:
@@ -68,14 +72,38 @@ class Setup:
         object.__setattr__(self, "device", device)
         object.__setattr__(self, "threads", self.threads or min(512, torch.get_num_threads() * self.ranks))
 
-    @property
-    def model(self) -> ModelConfig:
-        """The model's size."""
-        return ModelConfig(self.width, self.depth, self.heads, self.context)
+    def _resolve_size(self) -> None:
+        sizes = _models.find(self.model).sizes
+        if not sizes:
+            for name, value in (("size", self.size), ("vocabulary", self.vocabulary)):
+                if value:
+                    raise UserError(
+                        f"--{name} {value} is for {', '.join(_models.SIZED)}; the size of {self.model} is --width, "
+                        "--depth and --heads, and it reads bytes"
+                    )
+            return
+        size = self.size or next(iter(sizes))
+        if size not in sizes:
+            raise UserError(f"--size must be one of {', '.join(sizes)} for {self.model}, got {size!r}")
+        numbers = sizes[size]
+        vocabulary = self.vocabulary or numbers.vocabulary
+        if not 256 <= vocabulary <= 2**20:
+            raise UserError(f"--vocabulary must be from 256 to {2**20}, got {vocabulary}")
+        resolved = {"size": size, "vocabulary": vocabulary}
+        for name, value in (resolved | {name: getattr(numbers, name) for name in ("width", "depth", "heads")}).items():
+            object.__setattr__(self, name, value)
+
+    def task(self, pieces: int = 256) -> _models.Task:
+        """The model and what it learns.
+
+        Args:
+            pieces: how many different bytes or tokens the text has; the model's size does not depend on it.
+        """
+        return _models.find(self.model).task(self, pieces)
 
     @property
     def tokens_per_step(self) -> int:
-        """Predicted bytes per step."""
+        """Bytes or tokens that are read per step."""
         return self.batch_size * self.context
 
     @property
@@ -86,13 +114,6 @@ class Setup:
     def evaluates_at(self, step: int) -> bool:
         """Whether the model is evaluated after ``step``: six times, evenly, the last time at the end."""
         return step * 6 // self.steps != (step - 1) * 6 // self.steps
-
-    def rate(self, step: int) -> float:
-        """The schedule's factor for step 1, 2, ..., ``steps``: a linear warm-up, then a cosine that ends near 0."""
-        warmup = max(1, round(WARMUP_SHARE * self.steps))
-        if step <= warmup:
-            return step / warmup
-        return 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / (self.steps - warmup + 1))
 
 
 def resolved_device(device: str) -> str:
@@ -124,18 +145,23 @@ class Trainer:
         contender: the optimizer.
         lr: its peak learning rate; None when it makes its own.
         corpus: the text.
+
+    Raises:
+        UserError: the text is too small, differs between processes, or the optimizer refuses the model.
     """
 
     def __init__(self, setup: Setup, contender: Contender, lr: float | None, corpus: Corpus) -> None:
         torch.set_num_threads(max(1, setup.threads // setup.ranks))
-        self.setup, self.contender, self.lr, self.corpus = setup, contender, lr, corpus
+        self.setup, self.contender, self.lr = setup, contender, lr
+        self.task = setup.task(corpus.pieces)
+        self.corpus = corpus.checked(self.task.window)
         if not _ranks.same(int(corpus.train.sha256[:12], 16)):
             raise UserError("--data: the processes read different texts; give the same on every machine")
         self.device = torch.device(setup.device)
         self.model = self.fresh_model().to(self.device)
         for p in self.model.parameters():
             p.data = p.data.to(DTYPES[setup.dtype])
-        self.loss = _ranks.sharded(Loss(self.model), list(self.model.blocks), setup.shard)
+        self.loss = _ranks.sharded(Loss(self.model), list(cast(Any, self.model).blocks), setup.shard)
         try:
             self.optimizer = contender.make(list(self.model.named_parameters()), lr)
         except ValueError as error:
@@ -145,9 +171,14 @@ class Trainer:
         self.seconds = 0.0  # spent in steps; evaluation and checkpoints are not counted
         self._window: list[tuple[float, float, float]] = []  # loss, seconds, seconds in the optimizer
 
-    def fresh_model(self) -> ByteTransformer:
+    def fresh_model(self) -> nn.Module:
         """What the training starts from, in float32; ``benchmarks/rounding.py`` starts from trained weights."""
-        return ByteTransformer(self.setup.model, self.setup.seed)
+        return self.task.build(self.setup.seed)
+
+    def next_batch(self) -> Tensor:
+        """Examples of training text, ``[batch_size, n]``, the same on every process."""
+        windows = self.corpus.batch(self.setup.batch_size, self.task.window, self.generator)
+        return self.task.rows(windows, self.generator)
 
     def step(self) -> None:
         """One training step.
@@ -159,8 +190,8 @@ class Trainer:
         step = self.steps_done + 1
         if self.lr is not None:
             for group in self.optimizer.param_groups:
-                group["lr"] = self.lr * self.setup.rate(step)
-        loss = self.backward(self.corpus.batch(self.setup.batch_size, self.setup.context, self.generator))
+                group["lr"] = self.lr * self.contender.schedule.factor(step, self.setup.steps)
+        loss = self.backward(self.next_batch())
         value = self._finite(_ranks.mean(loss.item()), step)
         before_update = time.perf_counter()
         self.optimizer.step()
@@ -171,25 +202,29 @@ class Trainer:
         self.seconds += now - started
         self._window.append((value, now - started, now - before_update))
 
-    def backward(self, tokens: Tensor) -> Tensor:
-        """Fresh gradients for one batch, clipped to a global norm of 1; returns the loss of this process's share."""
+    def backward(self, batch: Tensor) -> Tensor:
+        """Fresh gradients for one batch, clipped as the contender says; returns the loss of this process's share."""
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self.loss(_ranks.rows(tokens).to(self.device))
+        loss = self.loss(_ranks.rows(batch).to(self.device))
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP_NORM)
+        if self.contender.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.contender.clip_norm)
         return loss.detach()
 
     @torch.no_grad()
     def evaluate(self) -> float:
-        """Nats per byte over the validation windows, the same ones every time and on every process.
+        """Nats per prediction over the validation windows, the same ones every time and on every process.
 
         Raises:
             Diverged: the loss is not finite.
         """
-        windows = self.corpus.validation_windows(VALIDATION_WINDOWS, self.setup.context)
-        total = sum(self.loss(part.to(self.device)).item() * len(part) for part in windows.split(16))
+        windows = self.corpus.validation_windows(VALIDATION_WINDOWS, self.task.window)
+        rows = self.task.rows(windows, torch.Generator().manual_seed(0))
+        self.loss.eval()
+        total = sum(self.loss(part.to(self.device)).item() * len(part) for part in rows.split(16))
+        self.loss.train()
         _ranks.reshard(self.loss)
-        return self._finite(_ranks.mean(total / len(windows)), self.steps_done)
+        return self._finite(_ranks.mean(total / len(rows)), self.steps_done)
 
     def _finite(self, loss: float, step: int) -> float:
         if not math.isfinite(loss):

@@ -1,19 +1,22 @@
 """A byte-level decoder transformer, small enough for a laptop and made of the parts large ones are made of.
 
-Pre-norm blocks with RMSNorm, rotary positions, causal attention and a squared-ReLU MLP; the output layer is the
-embedding.
+Rotary positions, causal attention, and an output layer that is the embedding. In its own form, ``gpt``, pre-norm blocks
+with RMSNorm and a squared-ReLU MLP; in that of PaLM (section 2 of arXiv 2204.02311), attention beside a SwiGLU MLP,
+heads that share one key and one value, PaLM's initial weights and its z-loss.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 VOCABULARY = 256
+FORMS = ("gpt", "palm")
+Z_LOSS = 1e-4
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,7 @@ class ModelConfig:
         depth: number of blocks. Range: >= 1.
         heads: attention heads per block. Range: >= 1.
         context: bytes a prediction can look back on. Range: >= 2.
+        form: one of ``FORMS``.
 
     Raises:
         ValueError: a size is out of range, or ``width`` does not split into heads of even size.
@@ -38,8 +42,10 @@ class ModelConfig:
     depth: int = 3
     heads: int = 3
     context: int = 128
+    form: str = "gpt"
 
     def __post_init__(self) -> None:
+        assert self.form in FORMS
         for name, least in (("width", 2), ("depth", 1), ("heads", 1), ("context", 2)):
             value = getattr(self, name)
             if value < least:
@@ -88,6 +94,32 @@ class Block(nn.Module):
         return x + self.mlp_out(F.relu(self.mlp_in(self.mlp_norm(x))).square())
 
 
+class PalmBlock(nn.Module):
+    """Attention and an MLP beside each other, on the same normalized copy of the stream. No biases."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        width, head = config.width, config.width // config.heads
+        self.heads = config.heads
+        self.norm = nn.LayerNorm(width, bias=False)
+        self.q = nn.Linear(width, width, bias=False)
+        self.k = nn.Linear(width, head, bias=False)  # one for all heads
+        self.v = nn.Linear(width, head, bias=False)
+        self.attention_out = nn.Linear(width, width, bias=False)
+        self.gate = nn.Linear(width, 4 * width, bias=False)
+        self.mlp_in = nn.Linear(width, 4 * width, bias=False)
+        self.mlp_out = nn.Linear(4 * width, width, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # [B, T, width]
+        batch, length, width = x.shape
+        y = self.norm(x)
+        q = self.q(y).view(batch, length, self.heads, -1).transpose(1, 2)  # [B, H, T, size]
+        k, v = (one(y)[:, None].expand(-1, self.heads, -1, -1) for one in (self.k, self.v))
+        mixed = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, is_causal=True)
+        attended = self.attention_out(mixed.transpose(1, 2).reshape(batch, length, width))
+        return x + attended + self.mlp_out(F.silu(self.gate(y)) * self.mlp_in(y))
+
+
 class ByteTransformer(nn.Module):
     """Predicts the next byte.
 
@@ -104,10 +136,11 @@ class ByteTransformer(nn.Module):
     def __init__(self, config: ModelConfig, seed: int) -> None:
         super().__init__()
         self.config = config
+        palm = config.form == "palm"
         with torch.device("meta"):  # no random numbers are drawn before _initialize
             self.embedding = nn.Embedding(VOCABULARY, config.width)
-            self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
-            self.norm = nn.RMSNorm(config.width, eps=1e-6)
+            self.blocks = nn.ModuleList((PalmBlock if palm else Block)(config) for _ in range(config.depth))
+            self.norm = nn.LayerNorm(config.width, bias=False) if palm else nn.RMSNorm(config.width, eps=1e-6)
         self.to_empty(device="cpu")
         cos, sin = rotary_angles(config.context, config.width // config.heads)
         self.register_buffer("cos", cos, persistent=False)
@@ -116,11 +149,16 @@ class ByteTransformer(nn.Module):
 
     @torch.no_grad()
     def _initialize(self, generator: torch.Generator) -> None:
-        """Normal with std 0.5 / sqrt(width), and smaller by sqrt(2 depth) for what adds to the stream."""
+        """Normal with std 0.5 / sqrt(width), and smaller by sqrt(2 depth) for what adds to the stream.
+
+        PaLM's: 1 for the embedding, and else 1 / sqrt(inputs).
+        """
         std = 0.5 * self.config.width**-0.5
         for name, p in self.named_parameters():
             if p.ndim == 1:
                 p.fill_(1.0)
+            elif self.config.form == "palm":
+                p.normal_(0.0, 1.0 if name.startswith("embedding") else p.shape[1] ** -0.5, generator=generator)
             else:
                 adds_to_stream = name.endswith(("attention_out.weight", "mlp_out.weight"))
                 p.normal_(0.0, std / (2 * self.config.depth) ** 0.5 if adds_to_stream else std, generator=generator)
@@ -131,20 +169,65 @@ class ByteTransformer(nn.Module):
         cos, sin = cast(Tensor, self.cos)[:length], cast(Tensor, self.sin)[:length]
         for block in self.blocks:
             x = block(x, cos, sin)
-        return F.linear(self.norm(x), self.embedding.weight)
+        x = self.norm(x)
+        if self.config.form == "palm":
+            x = x * self.config.width**-0.5
+        return F.linear(x, self.embedding.weight)
 
     def loss(self, tokens: Tensor) -> Tensor:
-        """Mean nats per byte over windows ``[B, T + 1]``, in float32 whatever the weights' dtype."""
-        logits = self(tokens[:, :-1])
-        return F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
+        """Mean nats per byte over windows ``[B, T + 1]``, in float32 whatever the weights' dtype.
+
+        In training PaLM's has 1e-4 log(Z)^2 in it, which keeps the normalizer Z of the softmax near 1.
+        """
+        logits = self(tokens[:, :-1]).flatten(0, 1).float()
+        loss = F.cross_entropy(logits, tokens[:, 1:].flatten())
+        if self.config.form == "palm" and self.training:
+            loss = loss + Z_LOSS * logits.logsumexp(dim=-1).square().mean()
+        return loss
+
+
+@dataclass(frozen=True)
+class NextByte:
+    """The next byte is predicted at every place of a window."""
+
+    config: ModelConfig
+
+    @property
+    def description(self) -> str:
+        """The model in words."""
+        return "A byte-level transformer" + " in PaLM's form" * (self.config.form == "palm")
+
+    @property
+    def objective(self) -> str:
+        """What it learns, in words."""
+        return "the next byte, at every place of a window"
+
+    @property
+    def window(self) -> int:
+        """Bytes of text in an example: a byte more than the model reads."""
+        return self.config.context + 1
+
+    @property
+    def predicted(self) -> int:
+        """Bytes that the loss is over."""
+        return self.config.context
+
+    def rows(self, windows: Tensor, generator: torch.Generator) -> Tensor:
+        """The windows themselves."""
+        del generator
+        return windows
+
+    def build(self, seed: int) -> ByteTransformer:
+        """The model; its weights follow from the seed alone."""
+        return ByteTransformer(self.config, seed)
 
 
 class Loss(nn.Module):
     """A model and its loss as one module, as DistributedDataParallel wants it."""
 
-    def __init__(self, model: ByteTransformer) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.model.loss(tokens)
+    def forward(self, rows: Tensor) -> Tensor:
+        return cast(Any, self.model).loss(rows)

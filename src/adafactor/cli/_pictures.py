@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import matplotlib
@@ -23,6 +24,9 @@ COLORS = {
     "adamw": ADAM,
     "adamw-nesterov": "#7d9bf0",
     "lion": "#3f8f4f",
+    "adafactor-t5": "#b5368c",
+    "adafactor-bert": "#d0632a",
+    "adafactor-palm": "#8a5a2b",
 }
 COMPONENTS = (("weights", "#3b4a5e"), ("gradients", "#8493a8"), ("state", "#e08a00"), ("activations", "#cfd6df"))
 GRID = "#e4e5ea"
@@ -46,11 +50,11 @@ STYLE = {
 }
 
 
-def draw(results: list[Result], rows: dict[str, Rows]) -> dict[str, bytes]:
-    """Every picture by its file's name, as PNG."""
+def draw(results: list[Result], rows: dict[str, Rows], unit: str) -> dict[str, bytes]:
+    """Every picture by its file's name, as PNG; losses are in nats per ``unit``."""
     return {
-        "loss-over-steps.png": _picture(_loss_over_steps, results, rows),
-        "loss-over-time.png": _picture(_loss_over_time, results, rows),
+        "loss-over-steps.png": _picture(partial(_loss_over_steps, of=unit), results, rows),
+        "loss-over-time.png": _picture(partial(_loss_over_time, of=unit), results, rows),
         "memory.png": _picture(_memory, results, rows),
     }
 
@@ -64,17 +68,19 @@ def _picture(paint: Callable[[Figure, list[Result], dict[str, Rows]], None], res
     return buffer.getvalue()
 
 
-def _loss_over_steps(figure: Figure, results: list[Result], rows: dict[str, Rows]) -> None:
-    _loss(figure, results, rows, "step", {result["name"]: 1.0 for result in results})
+def _loss_over_steps(figure: Figure, results: list[Result], rows: dict[str, Rows], of: str) -> None:
+    _loss(figure, results, rows, "step", {result["name"]: 1.0 for result in results}, of)
 
 
-def _loss_over_time(figure: Figure, results: list[Result], rows: dict[str, Rows]) -> None:
+def _loss_over_time(figure: Figure, results: list[Result], rows: dict[str, Rows], of: str) -> None:
     seconds = {result["name"]: (result["step_ms"] or 0.0) / 1e3 for result in results}
-    _loss(figure, results, rows, "seconds of training, at the time per step of the table", seconds)
+    _loss(figure, results, rows, "seconds of training, at the time per step of the table", seconds, of)
 
 
-def _loss(figure: Figure, results: list[Result], rows: dict[str, Rows], label: str, unit: dict[str, float]) -> None:
-    """Both losses of every optimizer; a step is as wide as ``unit`` says."""
+def _loss(
+    figure: Figure, results: list[Result], rows: dict[str, Rows], label: str, unit: dict[str, float], of: str
+) -> None:
+    """Both losses of every optimizer, in nats per ``of``; a step is as wide as ``unit`` says."""
     ax = figure.subplots()
     ends: list[tuple[float, float, str, str]] = []
     low, high = math.inf, -math.inf
@@ -92,7 +98,7 @@ def _loss(figure: Figure, results: list[Result], rows: dict[str, Rows], label: s
     label_ends(ax, ends)
     ax.set_xlim(left=0)
     ax.set_xlabel(label)
-    title = "Loss, nats per byte: thick with dots on validation text, thin on training text"
+    title = f"Loss, nats per {of}: thick with dots on validation text, thin on training text"
     ax.set_title(title, loc="left", fontsize=11, color=MUTED, pad=12)
 
 

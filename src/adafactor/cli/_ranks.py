@@ -7,7 +7,7 @@ import os
 import re
 import shlex
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -158,6 +158,14 @@ def wait() -> None:
 def same(number: int) -> bool:
     """Whether all processes ask it about the same number, below 2^53."""
     return largest(number) == -largest(-number)
+
+
+def made_once(make: Callable[[], str]) -> str:
+    """What the first process makes, on all of them. An error of its own ends the others too."""
+    made = [make() if first() else ""]
+    if _joined():
+        dist.broadcast_object_list(made)
+    return made[0]
 
 
 def whole(value: Any) -> Any:

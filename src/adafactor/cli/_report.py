@@ -37,7 +37,7 @@ def publish(directory: Path, results: dict[str, Any], rows: dict[str, _pictures.
     Raises:
         UserError: a file cannot be written.
     """
-    pictures = _pictures.draw(results["optimizers"], rows)
+    pictures = _pictures.draw(results["optimizers"], rows, results["data"]["unit"])
     files = {"results.json": None, **pictures, "report.html": render(results, pictures)}
     for name, content in files.items():
         if content is None:
@@ -53,7 +53,7 @@ def show(directory: Path, results: dict[str, Any], rows: dict[str, _pictures.Row
         report, *_ = publish(directory, results, rows)
         console = Console(stderr=as_json, highlight=False)
         console.print()
-        console.print(table(results["optimizers"]))
+        console.print(table(results["optimizers"], results["data"]["unit"]))
         console.print(f"\n{results['headline']}\n\nReport: {report}", soft_wrap=True)
         if as_json:
             sys.stdout.write(json.dumps(results, indent=2, allow_nan=False) + "\n")

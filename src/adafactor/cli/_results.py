@@ -22,7 +22,7 @@ from adafactor import memory
 from adafactor._distributed import local
 from adafactor.cli import _ranks
 from adafactor.cli._contenders import CONTENDERS, GAP_NOISE
-from adafactor.cli._loop import CLIP_NORM, VALIDATION_WINDOWS, WARMUP_SHARE, Diverged, Setup, Trainer
+from adafactor.cli._loop import VALIDATION_WINDOWS, Diverged, Setup, Trainer
 from adafactor.cli._text import Corpus
 
 Result = dict[str, Any]
@@ -38,11 +38,10 @@ def memory_of_step(trainer: Trainer) -> dict[str, int]:
     """Allocated bytes at the peak of one more training step, by component."""
     optimizer, parameters = trainer.optimizer, list(trainer.model.parameters())
     optimizer.zero_grad(set_to_none=True)
-    tokens = trainer.corpus.batch(trainer.setup.batch_size, trainer.setup.context, trainer.generator)
-    tokens = tokens.to(trainer.device)
+    batch = trainer.next_batch().to(trainer.device)
 
     def step() -> None:
-        trainer.backward(tokens)
+        trainer.backward(batch)
         optimizer.step()
 
     weights = allocated(parameters)
@@ -72,7 +71,8 @@ def summarize(trainer: Trainer, rows: list[dict[str, Any]], diverged_at: int | N
         "description": contender.description,
         "lr": trainer.lr,
         "lr_origin": contender.lr_origin if trainer.lr == contender.lr else "given on the command line",
-        "scheduled": trainer.lr is not None,
+        "schedule": contender.schedule.words,
+        "clip_norm": contender.clip_norm,
         "diverged_at": diverged_at,
         "val_loss": rows[-1]["val_loss"] if finished else None,
         "train_loss": rows[-1]["loss"] if finished else None,
@@ -132,25 +132,27 @@ def collect(
     Args:
         kind: the command.
         setup: of all trainings.
-        corpus: of all trainings.
+        corpus: of all trainings, as the model reads it.
         results: of those that finished or diverged.
         missing: names of those that did neither.
         side_by_side: the times are those of ``time_side_by_side``.
     """
+    task = setup.task(corpus.pieces)
     return {
-        "format": 1,
+        "format": 2,
         "kind": kind,
-        "headline": headline(results),
+        "headline": headline(results, corpus.unit),
         "notes": notes(results, setup, missing),
         "timing": "side by side" if side_by_side else "each on its own",
         "optimizers": results,
         "setup": asdict(setup)
         | {
             "tokens_per_step": setup.tokens_per_step,
-            "warmup_share": WARMUP_SHARE,
-            "clip_norm": CLIP_NORM,
-            "validation_bytes": corpus.validation_windows(VALIDATION_WINDOWS, setup.context)[:, 1:].numel(),
+            "predictions": task.predicted,
+            "validation_predictions": task.predicted * len(corpus.validation_windows(VALIDATION_WINDOWS, task.window)),
             "parameters": results[0]["parameters"],
+            "description": task.description,
+            "objective": task.objective,
         },
         "data": corpus.describe(),
         "machine": machine(setup.device),
@@ -185,8 +187,13 @@ def ranked(results: list[Result]) -> list[Result]:
     return sorted((r for r in results if r["val_loss"] is not None), key=lambda r: r["val_loss"])
 
 
-def headline(results: list[Result]) -> str:
-    """The finding in one sentence, computed from the numbers; the fairest baseline at hand is the one named."""
+def headline(results: list[Result], unit: str = "byte") -> str:
+    """The finding in one sentence, computed from the numbers; the fairest baseline at hand is the one named.
+
+    Args:
+        results: of all optimizers.
+        unit: what is predicted.
+    """
     by_name = {r["name"]: r for r in ranked(results)}
     if not by_name:
         return "No optimizer finished: every loss stopped being a number."
@@ -197,15 +204,17 @@ def headline(results: list[Result]) -> str:
         best = next(iter(by_name.values()))
         verb = "is best: it reaches" if len(by_name) > 1 else "reaches"
         return (
-            f"{_sentence_case(best)} {verb} {best['val_loss']:.3f} nats per byte with "
+            f"{_sentence_case(best)} {verb} {best['val_loss']:.3f} nats per {unit} with "
             f"{best['state_bytes_per_parameter']:.2f} bytes of optimizer state per parameter."
         )
     a, b = round(ours["val_loss"], 3), round(theirs["val_loss"], 3)
     other = CONTENDERS[theirs["name"]].phrase
     if abs(a - b) < GAP_NOISE:
-        relation = f"is level with {other} ({a:.3f} and {b:.3f} nats per byte)"
+        relation = f"is level with {other} ({a:.3f} and {b:.3f} nats per {unit})"
     else:
-        relation = f"ends {abs(a - b):.3f} nats per byte {'below' if a < b else 'above'} {other} ({a:.3f} and {b:.3f})"
+        relation = (
+            f"ends {abs(a - b):.3f} nats per {unit} {'below' if a < b else 'above'} {other} ({a:.3f} and {b:.3f})"
+        )
     slower = (ours["step_ms"] or math.nan) / (theirs["step_ms"] or math.nan)
     speed = f" and {slower:.1f} times its time per step" if slower > 1.1 or slower < 0.9 else ""
     return f"{_sentence_case(ours)} {relation}, with {_share(ours, theirs)} its optimizer state{speed}."

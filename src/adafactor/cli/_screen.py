@@ -28,6 +28,11 @@ def size(count: float) -> str:
     return f"{count:.3g} TB"
 
 
+def note(line: str) -> None:
+    """Say what takes a while, or where something is."""
+    Console(stderr=True, highlight=False, quiet=not _ranks.first()).print(line, soft_wrap=True)
+
+
 class Screen:
     """Shows loss, tokens per second and time left, as a live bar on a terminal and as a few lines elsewhere.
 
@@ -90,12 +95,12 @@ class Screen:
         self.console.print(f"{self._title}: {note}", soft_wrap=True)
 
 
-def table(results: list[dict[str, Any]]) -> Table:
-    """The answer: how good, how much memory, how fast."""
+def table(results: list[dict[str, Any]], unit: str) -> Table:
+    """The answer: how good in nats per ``unit``, how much memory, how fast."""
     made = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False, collapse_padding=True)
     made.add_column("Optimizer\n", no_wrap=True)
     for heading in (
-        "Validation\nnats/byte",
+        f"Validation\nnats/{unit}",
         "State\nbytes/param.",
         "Peak\nmemory",
         "Time\nper step",

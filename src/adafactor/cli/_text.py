@@ -1,4 +1,4 @@
-"""Text as bytes: read it, split it into training and validation by file, draw batches from it."""
+"""Text as bytes or tokens: read it, split it into training and validation by file, draw batches from it."""
 
 from __future__ import annotations
 
@@ -25,56 +25,87 @@ STDLIB_SKIPS = frozenset({"site-packages", "dist-packages", "test", "tests", "id
 class Part:
     """One side of the split."""
 
-    data: Tensor  # [bytes], uint8
+    data: Tensor  # [bytes], uint8, or [tokens], int32
     files: int
-    sha256: str
+    bytes: int
+    sha256: str  # of the bytes
 
     @classmethod
     def of(cls, contents: list[bytes]) -> Part:
         """Join the files' contents."""
         joined = bytearray(b"".join(contents))
         data = torch.frombuffer(joined, dtype=torch.uint8) if joined else torch.empty(0, dtype=torch.uint8)
-        return cls(data, len(contents), hashlib.sha256(joined).hexdigest())
+        return cls(data, len(contents), len(joined), hashlib.sha256(joined).hexdigest())
 
     def windows(self, starts: Tensor, length: int) -> Tensor:
-        """The ``length`` bytes from each of ``starts``: ``[starts, length]``, int64."""
+        """The ``length`` bytes or tokens from each of ``starts``: ``[starts, length]``, int64."""
         return self.data[starts[:, None] + torch.arange(length)].long()
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """The text of a run; ``split`` says in words how its two parts were told apart."""
+    """The text of a run.
+
+    Args:
+        source: where it comes from.
+        split: how its two parts were told apart, in words.
+        train: what is trained on.
+        validation: what is not.
+        pieces: how many different bytes or tokens there can be.
+        tokenizer: SHA-256 of the tokenizer; None for bytes.
+    """
 
     source: str
     split: str
     train: Part
     validation: Part
+    pieces: int = 256
+    tokenizer: str | None = None
+
+    @property
+    def unit(self) -> str:
+        """What one element of the text is called."""
+        return "token" if self.tokenizer else "byte"
 
     def describe(self) -> dict[str, Any]:
         """What results and checkpoints keep of it."""
         sides = (("train", self.train), ("validation", self.validation))
-        return {"source": self.source, "split": self.split} | {
-            name: {"bytes": part.data.numel(), "files": part.files, "sha256": part.sha256} for name, part in sides
+        return {"source": self.source, "split": self.split, "unit": self.unit, "tokenizer": self.tokenizer} | {
+            name: {"bytes": part.bytes, "length": part.data.numel(), "files": part.files, "sha256": part.sha256}
+            for name, part in sides
         }
 
-    def batch(self, size: int, context: int, generator: torch.Generator) -> Tensor:
-        """``size`` training windows ``[size, context + 1]`` at places drawn from ``generator``."""
-        starts = torch.randint(self.train.data.numel() - context, (size,), generator=generator)
-        return self.train.windows(starts, context + 1)
+    def batch(self, size: int, length: int, generator: torch.Generator) -> Tensor:
+        """``size`` training windows ``[size, length]`` at places drawn from ``generator``."""
+        starts = torch.randint(self.train.data.numel() - length + 1, (size,), generator=generator)
+        return self.train.windows(starts, length)
 
-    def validation_windows(self, count: int, context: int) -> Tensor:
-        """Up to ``count`` validation windows ``[count, context + 1]``, evenly spread, disjoint, always the same."""
-        length = context + 1
+    def validation_windows(self, count: int, length: int) -> Tensor:
+        """Up to ``count`` validation windows ``[count, length]``, evenly spread, disjoint, always the same."""
         count = min(count, self.validation.data.numel() // length)
         starts = torch.arange(count) * self.validation.data.numel() // count
         return self.validation.windows(starts, length)
 
+    def checked(self, length: int) -> Corpus:
+        """Itself, if there are windows of ``length`` enough.
 
-def load(path: Path | None, context: int) -> Corpus:
+        Raises:
+            UserError: there are not.
+        """
+        for name, part in (("training", self.train), ("validation", self.validation)):
+            if part.data.numel() < 8 * length:
+                raise UserError(
+                    f"--data {self.source} is too small: it leaves {part.data.numel()} {self.unit}s for {name}, and "
+                    f"windows of {length} need {8 * length}; give more text or a smaller --context"
+                )
+        return self
+
+
+def load(path: Path | None) -> Corpus:
     """Read ``path`` (a file or a directory), or the source of Python's standard library when it is None.
 
     Raises:
-        UserError: the path is missing, unreadable, too large, or too small for windows of ``context`` bytes.
+        UserError: the path is missing, unreadable, too large, or holds no text.
     """
     if path is None:
         source = f"the source of Python {sysconfig.get_python_version()}'s standard library"
@@ -97,14 +128,7 @@ def load(path: Path | None, context: int) -> Corpus:
     else:
         split = "by file: no content is on both sides, duplicates count once"
         parts = _split(contents)
-    corpus = Corpus(source, split, Part.of(parts[0]), Part.of(parts[1]))
-    for name, part in (("training", corpus.train), ("validation", corpus.validation)):
-        if part.data.numel() < 8 * (context + 1):
-            raise UserError(
-                f"--data {source} is too small: it leaves {part.data.numel()} bytes for {name}, and --context "
-                f"{context} needs {8 * (context + 1)}; give more text or a smaller --context"
-            )
-    return corpus
+    return Corpus(source, split, Part.of(parts[0]), Part.of(parts[1]))
 
 
 def _split(contents: list[tuple[bytes, bytes]]) -> tuple[list[bytes], list[bytes]]:

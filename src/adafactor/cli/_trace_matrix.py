@@ -87,7 +87,7 @@ def factoring(data: Path | None, steps: int, lr: float | None, seed: int, progre
     Raises:
         UserError: the text has fewer than 2 different bytes in a row.
     """
-    corpus = _text.load(data, context=1)
+    corpus = _text.load(data).checked(2)
     text = corpus.train.data.long()
     pairs = torch.bincount(256 * text[:-1] + text[1:], minlength=256 * 256).reshape(256, 256)
     pairs[32, 32] = 0  # indentation: this one pair would outshine all others

@@ -61,7 +61,7 @@ def compare(
     setup = Setup(steps, batch_size, seed, width, depth, heads, context, dtype, device, threads, shard, ranks)
     chosen = _parse_optimizers(optimizers)
     rates = _parse_rates(lr or [], chosen)
-    corpus = _text.load(data, context)
+    corpus = _text.load(data).checked(setup.task().window)
     directory = out or Path("runs", f"compare-{datetime.datetime.now():%Y-%m-%d-%H%M%S}")
     _ranks.join(setup.device)
     new_run_directory(directory, "choose another --out")
