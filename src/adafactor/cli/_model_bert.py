@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from adafactor.cli._known_models import MODELS
 SPECIAL = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
 CLS, SEP, MASK = 2, 3, 4
 POSITIONS = 512
+ALPHABET = 1000  # characters that are no unknown word
 
 
 @dataclass(frozen=True)
@@ -39,17 +41,28 @@ _builds: dict[str, Any] = {n.removeprefix("bert-"): build for n, build in MODELS
 SIZES = {name: Size(*build.args, **build.keywords) for name, build in _builds.items()}
 
 
-def tokenizer(vocabulary: int) -> tuple[Any, Any]:
-    """An untrained WordPiece tokenizer, as BERT's uncased one, and its trainer."""
+def tokenizer(lines: list[str], vocabulary: int) -> Any:
+    """A WordPiece tokenizer as BERT's uncased one, of ``vocabulary`` tokens unless ``lines`` have more characters."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-    made = Tokenizer(models.WordPiece(unk_token="[UNK]"))  # type: ignore[reportCallIssue]
-    made.normalizer = normalizers.BertNormalizer()  # type: ignore[reportAttributeAccessIssue]
-    made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()  # type: ignore[reportAttributeAccessIssue]
-    made.decoder = decoders.WordPiece()  # type: ignore[reportAttributeAccessIssue]
-    made.post_processor = processors.BertProcessing(("[SEP]", SEP), ("[CLS]", CLS))  # type: ignore[reportAttributeAccessIssue]
-    special = {"special_tokens": list(SPECIAL.values()), "show_progress": False}
-    return made, trainers.WordPieceTrainer(vocab_size=vocabulary, **special)
+    normalizer: Any = normalizers.BertNormalizer()
+    counted = Counter(normalizer.normalize_str("\n".join(lines)))
+    characters = sorted(c for c, _ in counted.most_common(ALPHABET) if not c.isspace())
+    # The trainer numbers characters in any order, and decides by their numbers; those named first it leaves alone.
+    first = [*SPECIAL.values(), *characters, *(f"##{c}" for c in characters)]
+    learner: Any = Tokenizer(models.WordPiece(unk_token="[UNK]"))  # type: ignore[reportCallIssue]
+    learner.normalizer, learner.pre_tokenizer = normalizer, pre_tokenizers.BertPreTokenizer()
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocabulary, special_tokens=first, limit_alphabet=ALPHABET, show_progress=False
+    )
+    learner.train_from_iterator(lines, trainer)
+
+    made: Any = Tokenizer(models.WordPiece(learner.get_vocab(), unk_token="[UNK]"))  # type: ignore[reportCallIssue]
+    made.normalizer, made.pre_tokenizer = learner.normalizer, learner.pre_tokenizer
+    made.post_processor = processors.BertProcessing(("[SEP]", SEP), ("[CLS]", CLS))
+    made.decoder = decoders.WordPiece()
+    made.add_special_tokens(list(SPECIAL.values()))
+    return made
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ T5 is arXiv 1910.10683, mT5 arXiv 2010.11934.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 from adafactor.cli._known_models import MODELS
 
 SENTINELS = 100  # tokens that stand for spans that were taken out
-PAD, END = 0, 1
+PAD, END, UNKNOWN = 0, 1, 2
 SPECIAL = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
 
 
@@ -44,33 +45,34 @@ def _published(family: str) -> dict[str, Size]:
 
 
 SIZES = {
-    "t5": {"tiny": Size(64, 256, 4, 2, head=16, vocabulary=2_048)} | _published("t5"),
+    "t5": {"tiny": Size(128, 512, 4, 2, head=32, vocabulary=2_048)} | _published("t5"),
     # As in the published ones, most weights are the embedding's and the output layer's.
-    "mt5": {"tiny": Size(64, 128, 4, 2, head=16, vocabulary=16_384, gated=True, tied=False)} | _published("mt5"),
+    "mt5": {"tiny": Size(128, 256, 4, 2, head=32, vocabulary=16_384, gated=True, tied=False)} | _published("mt5"),
 }
 
 
-def tokenizer(vocabulary: int) -> tuple[Any, Any]:
-    """An untrained tokenizer of SentencePiece's kind, and its trainer.
+def tokenizer(lines: list[str], vocabulary: int) -> Any:
+    """A tokenizer of SentencePiece's kind, of at most ``vocabulary`` tokens unless ``lines`` have more characters.
 
     As T5's: a unigram model of text in which all white space is one space, with padding, end and unknown in front, and
     the sentinels behind, the first of them last.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-    made = Tokenizer(models.Unigram())
+    made: Any = Tokenizer(models.Unigram())
     spaces = normalizers.Replace(Regex(r"\s+"), " ")
-    made.normalizer = normalizers.Sequence([normalizers.Nmt(), normalizers.NFKC(), spaces])  # type: ignore[reportAttributeAccessIssue]
-    made.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(), pre_tokenizers.Punctuation()])  # type: ignore[reportAttributeAccessIssue]
-    made.decoder = decoders.Metaspace()  # type: ignore[reportAttributeAccessIssue]
-    made.post_processor = processors.TemplateProcessing("$A </s>", "$A </s> $B </s>", [("</s>", END)])  # type: ignore[reportAttributeAccessIssue]
+    made.normalizer = normalizers.Sequence([normalizers.Nmt(), normalizers.NFKC(), spaces])
+    made.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(), pre_tokenizers.Punctuation()])
+    made.post_processor = processors.TemplateProcessing("$A </s>", "$A </s> $B </s>", [("</s>", END)])
+    made.decoder = decoders.Metaspace()
     special = {"special_tokens": list(SPECIAL.values()), "unk_token": "<unk>", "show_progress": False}
-    return made, trainers.UnigramTrainer(vocab_size=vocabulary - SENTINELS, **special)
-
-
-def finished(trained: Any) -> None:
-    """Add the sentinels to a trained tokenizer."""
-    trained.add_special_tokens([f"<extra_id_{i}>" for i in reversed(range(SENTINELS))])
+    made.train_from_iterator(lines, trainers.UnigramTrainer(vocab_size=vocabulary - SENTINELS, **special))
+    # The trainer adds up in any order: what differs in the last places must not decide.
+    learned = [(token, round(score, 9)) for token, score in json.loads(made.to_str())["model"]["vocab"]]
+    ordered = sorted(learned[len(SPECIAL) :], key=lambda token: (-token[1], token[0]))
+    made.model = models.Unigram(learned[: len(SPECIAL)] + ordered, unk_id=UNKNOWN)
+    made.add_special_tokens([f"<extra_id_{i}>" for i in reversed(range(SENTINELS))])
+    return made
 
 
 @dataclass(frozen=True)

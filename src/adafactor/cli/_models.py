@@ -56,16 +56,14 @@ class Family:
             context does not fit the model.
         optimizer: the contender that has the settings it was published with.
         sizes: by name; none where ``--width``, ``--depth`` and ``--heads`` give the size.
-        tokenizer: an untrained tokenizer for so many tokens and its trainer; None where it reads bytes.
-        finished: what is added to the tokenizer when it is trained.
+        tokenizer: trains one on lines of text, for so many tokens; None where the model reads bytes.
         special: the tokenizer's special tokens, by the names that transformers has for them.
     """
 
     task: Callable[[Any, int], Task]
     optimizer: str
     sizes: Mapping[str, Any] = field(default_factory=dict)
-    tokenizer: Callable[[int], tuple[Any, Any]] | None = None
-    finished: Callable[[Any], None] = lambda trained: None
+    tokenizer: Callable[[list[str], int], Any] | None = None
     special: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -81,13 +79,13 @@ def _masked(setup: Any, pieces: int) -> Task:
     return _model_bert.MaskedTokens(setup.size, setup.vocabulary, setup.context, pieces)
 
 
-_T5 = (_model_t5.tokenizer, _model_t5.finished, _model_t5.SPECIAL)
+_T5 = (_model_t5.tokenizer, _model_t5.SPECIAL)
 FAMILIES = {
     "gpt": Family(_next_byte, "adafactor"),
     "palm": Family(_next_byte, "adafactor-palm"),
     "t5": Family(_spans, "adafactor-t5", _model_t5.SIZES["t5"], *_T5),
     "mt5": Family(_spans, "adafactor-t5", _model_t5.SIZES["mt5"], *_T5),
-    "bert": Family(_masked, "adafactor-bert", _model_bert.SIZES, _model_bert.tokenizer, special=_model_bert.SPECIAL),
+    "bert": Family(_masked, "adafactor-bert", _model_bert.SIZES, _model_bert.tokenizer, _model_bert.SPECIAL),
 }
 LONG = 512  # tokens, what the published sizes read at once
 SIZED = [name for name, family in FAMILIES.items() if family.sizes]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -24,15 +22,11 @@ def train(family: Family, vocabulary: int, corpus: Corpus) -> str:
         UserError: the text has more different characters than that, or no words.
     """
     assert family.tokenizer is not None
-    made, trainer = family.tokenizer(vocabulary)
     try:
-        made.train_from_iterator(_lines(corpus.train), trainer)
+        made = family.tokenizer(_lines(corpus.train), vocabulary)
     except Exception as error:  # tokenizers has no type of its own
         reason = str(error).strip() or type(error).__name__
-        raise UserError(
-            f"--vocabulary {vocabulary}: no tokenizer can be trained on {corpus.source}: {reason}"
-        ) from error
-    family.finished(made)
+        raise UserError(f"--data {corpus.source}: no tokenizer can be trained on it: {reason}") from error
     if made.get_vocab_size() > vocabulary:  # every character is a token
         raise UserError(
             f"--vocabulary {vocabulary} is too small for {corpus.source}, whose characters alone make "
@@ -51,14 +45,14 @@ def tokenized(corpus: Corpus, tokenizer: str) -> Corpus:
     return replace(corpus, pieces=made.get_vocab_size(), tokenizer=digest, **sides)
 
 
-def _lines(part: Part) -> Iterator[str]:
+def _lines(part: Part) -> list[str]:
     """Lines without the white space around them, which these tokenizers do not see; empty ones are left out."""
     text = part.data.numpy().tobytes().decode("utf-8", "replace")
-    return (line for found in re.finditer(r"[^\n\r]+", text) if (line := found[0].strip()))
+    return [line for found in text.splitlines() if (line := found.strip())]
 
 
 def _encoded(made: Any, part: Part) -> Part:
-    tokens, lines = [], list(_lines(part))
+    tokens, lines = [], _lines(part)
     for first in range(0, len(lines), _AT_ONCE):
         encoded = made.encode_batch_fast(lines[first : first + _AT_ONCE], add_special_tokens=False)
         tokens.append(torch.tensor([token for line in encoded for token in line.ids], dtype=torch.int32))
