@@ -21,7 +21,7 @@ import torch
 
 import _torchrun
 from _cli import assert_same_run, at_step, losses, weights, write_files
-from _torchrun import SIZES, STOPPED_AT, TINY, TRAININGS, trained
+from _torchrun import STOPPED_AT, TINY, TRAININGS, trained
 from adafactor.cli import _pictures, _text, build, main
 from adafactor.cli._errors import UserError
 

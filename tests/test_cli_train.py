@@ -25,7 +25,7 @@ from adafactor.cli._files import write_atomic
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Most of a tiny run's time; ``test_cli_compare.py`` draws them."""
-    monkeypatch.setattr(_pictures, "draw", lambda results, rows: {})
+    monkeypatch.setattr(_pictures, "draw", lambda results, rows, unit: {})
 
 
 @pytest.fixture

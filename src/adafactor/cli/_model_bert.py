@@ -48,12 +48,12 @@ def tokenizer(lines: list[str], vocabulary: int) -> Any:
     normalizer: Any = normalizers.BertNormalizer()
     counted = Counter(normalizer.normalize_str("\n".join(lines)))
     characters = sorted(c for c, _ in counted.most_common(ALPHABET) if not c.isspace())
-    # The trainer numbers characters in any order, and decides by their numbers; those named first it leaves alone.
+    # The trainer numbers characters in any order, and decides by their numbers; those named first it takes as they are.
     first = [*SPECIAL.values(), *characters, *(f"##{c}" for c in characters)]
     learner: Any = Tokenizer(models.WordPiece(unk_token="[UNK]"))  # type: ignore[reportCallIssue]
     learner.normalizer, learner.pre_tokenizer = normalizer, pre_tokenizers.BertPreTokenizer()
     trainer = trainers.WordPieceTrainer(
-        vocab_size=vocabulary, special_tokens=first, limit_alphabet=ALPHABET, show_progress=False
+        vocab_size=vocabulary, special_tokens=first, limit_alphabet=0, show_progress=False
     )
     learner.train_from_iterator(lines, trainer)
 

@@ -26,11 +26,14 @@ def train(family: Family, vocabulary: int, corpus: Corpus) -> str:
         made = family.tokenizer(_lines(corpus.train), vocabulary)
     except Exception as error:  # tokenizers has no type of its own
         reason = str(error).strip() or type(error).__name__
-        raise UserError(f"--data {corpus.source}: no tokenizer can be trained on it: {reason}") from error
-    if made.get_vocab_size() > vocabulary:  # every character is a token
         raise UserError(
-            f"--vocabulary {vocabulary} is too small for {corpus.source}, whose characters alone make "
-            f"{made.get_vocab_size()} tokens; give a larger one"
+            f"--vocabulary {vocabulary}: no tokenizer of that size can be trained on {corpus.source}: {reason}; give "
+            "another size or more text"
+        ) from error
+    if made.get_vocab_size() > vocabulary:
+        raise UserError(
+            f"--vocabulary {vocabulary}: the characters of {corpus.source} alone make {made.get_vocab_size()} tokens; "
+            "give a larger one"
         )
     return made.to_str()
 

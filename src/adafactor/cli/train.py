@@ -111,7 +111,11 @@ def train(
         ranks = _ranks.count(shard, resolved_device(device))
         family = _models.find(model)
         _refuse_sizes(model, given)
-        reads = context or (_models.LONG if family.sizes and size not in (None, "tiny") else Setup.context)
+        reads = (
+            context
+            if context is not None
+            else (_models.LONG if family.sizes and size not in (None, "tiny") else Setup.context)
+        )
         place = (dtype, device, threads, shard, ranks)
         setup = Setup(steps, batch_size, seed, width, depth, heads, reads, *place, model, size, vocabulary or 0)
         contender = find(optimizer or family.optimizer, "--optimizer")
@@ -148,13 +152,14 @@ def train(
         again = _ranks.command(["train", *(["--shard", shard] if shard else []), "--out", str(out), "--resume"])
         raise Interrupted(stop.agreed() or 0, f"stopped at step {trainer.steps_done}; continue with: {again}")
 
-    result = _results.summarize(trainer, rows, None)
-    found = _results.collect("train", setup, corpus, [result], [], side_by_side=False)
-    show(out, found, {run.optimizer: rows}, as_json)
     if run.tokenizer:
         weights = trainer.state_dict()["model"]
         if _ranks.first():
             _models.export(out / "model", family, trainer.task, weights, run.tokenizer)
+    result = _results.summarize(trainer, rows, None)  # takes another step
+    found = _results.collect("train", setup, corpus, [result], [], side_by_side=False)
+    show(out, found, {run.optimizer: rows}, as_json)
+    if run.tokenizer:
         note(f"Model, for transformers' from_pretrained: {out / 'model'}")
 
 
