@@ -128,5 +128,5 @@ def _tell(out: Path, results: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     faulthandler.dump_traceback_later(120, exit=True)  # a test that hangs says where
-    _pictures.draw = lambda results, rows: {}
+    _pictures.draw = lambda results, rows, unit: {}
     {"together": together, "killed": killed}[sys.argv[1]](*map(Path, sys.argv[2:]))

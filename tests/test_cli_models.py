@@ -358,7 +358,7 @@ def test_settings_are_those_that_were_published(text: Path) -> None:
         (["--model", "t5", "--lr", "1e-3"], "adafactor-t5 makes its own learning rate; leave --lr out for it"),
         (["--model", "bert", "--context", "512", "--data", "SHORT"], "is too small: it leaves"),
         (["--model", "t5", "--data", "MANY"], "--vocabulary 2048: no tokenizer of that size can be trained on"),
-        (["--model", "bert", "--vocabulary", "256", "--data", "MANY"], "alone make 2005 tokens; give a larger one"),
+        (["--model", "bert", "--vocabulary", "256", "--data", "MANY"], "alone make 2003 tokens; give a larger one"),
     ],
 )
 def test_a_bad_option_is_one_line(

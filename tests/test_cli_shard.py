@@ -30,7 +30,7 @@ from adafactor.cli._errors import UserError
 def no_pictures() -> Iterator[None]:
     """Most of a tiny run's time; ``test_cli_compare.py`` draws them."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(_pictures, "draw", lambda results, rows: {})
+        patched.setattr(_pictures, "draw", lambda results, rows, unit: {})
         yield
 
 
