@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from functools import partial
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import _sharded
 from _cases import (
     FEW_SHAPES,
     MODES,
@@ -35,6 +37,7 @@ from _cases import (
     snapshot,
     statistics,
 )
+from _ranks import good, run_on_ranks
 from adafactor import Adafactor
 from adafactor._rounding import random_bits, round_stochastic, step_key, stream_key
 from adafactor.backends import Task, _records, allocate_sums, triton
@@ -511,6 +514,16 @@ def test_why_there_are_no_kernels():
     assert "TRITON_INTERPRET=1" in on_cpu
     assert "backend='triton' is not available: Triton is not installed" in without
     assert "pip install triton" in why
+
+
+@slow
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="the ranks talk through gloo, in the interpreter")
+def test_pieces_on_several_ranks_are_stepped_as_the_whole():
+    momentum = {"lr": 0.01, "scale_parameter": True, "beta1": 0.9, "momentum_dtype": torch.int8, "weight_decay": 0.1}
+    modes = {"paper": {}, "momentum": momentum, "24 bits": {"weight_bits": 24}}
+    cases = {name: partial(_sharded.pieces_of_the_gpu_kernels, kwargs) for name, kwargs in modes.items()}
+    found = run_on_ranks(2, cases)
+    assert {name: good(results) for name, results in found.items()} == {name: [[], []] for name in modes}
 
 
 # Compiled, for machines that are not at hand
