@@ -775,7 +775,8 @@ def _apply_matrix(
         b = tl.multiple_of(b, 16)
     row_sum = tl.load(scratch + _whole(row, _TOTAL_AT) + matrix * _TOTALS + 1)
     root_mean = tl.sqrt_rn(tl.div_rn(row_sum, _whole(row, _WHOLE_ROWS).to(tl.float32)))
-    TILE: tl.constexpr = _PANEL if M is None and PLANES == 0 and ALIGNED else _PANEL // 2  # as registers allow
+    # As registers allow; the same for split weights and float32 ones, whose sums of p^2 are to have one order.
+    TILE: tl.constexpr = _PANEL if M is None and PLANES == 0 and tl.float32 != P and ALIGNED else _PANEL // 2
     width = _whole(row, _WIDTH)
     if width == 64:
         param_sq = _apply_rows(
