@@ -70,6 +70,8 @@ def resources(built: Any) -> dict[str, int]:
         "spilled": int(stack),
         "wide loads": len(re.findall(r"ld\.global[\w.:]*\.v4\.b32", ptx)),
         "wide stores": len(re.findall(r"st\.global[\w.:]*\.v4\.b32", ptx)),
+        "16-bit loads": len(re.findall(r"ld\.global[\w.:]*\.b16", ptx)),
+        "rough": len(re.findall(r"(?:div\.full|div\.approx|rcp\.approx|sqrt\.approx)[\w.]*\.f32|fma[\w.]*\.f32", ptx)),
     }
 
 

@@ -227,6 +227,12 @@ def test_what_the_kernels_cannot_take_goes_to_the_reference_alone():
     assert {row.name for row in optimizer.explain() if row.backend == "cpu"} == {"plain"}
 
 
+def test_asked_for_by_name_it_does_not_stumble_over_a_parameter_without_elements():
+    """As pieces of small parameters are, on some ranks."""
+    optimizer = Adafactor([torch.nn.Parameter(torch.zeros(shape)) for shape in [(0, 5), (4, 5)]], backend="cpu")
+    assert [row.backend for row in optimizer.explain()] == ["reference", "cpu"]
+
+
 def test_a_state_tensor_exchanged_by_hand_is_noticed():
     p = torch.nn.Parameter(torch.randn(40, 50))
     optimizer = Adafactor([p], lr=0.1, beta1=0.9)

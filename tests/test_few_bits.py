@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -35,10 +37,19 @@ BACKENDS = [
         "triton", marks=[pytest.mark.skipif(triton.missing() is not None, reason=str(triton.missing())), slow]
     ),
 ]
-SHAPES: list[Shape] = [(31,), (40, 70), (33, 35), (3, 40, 33), (33, 4, 3, 3), (700, 301), (34, 9001)]
+SHAPES: list[Shape] = [(31,), (40, 70), (40, 80), (33, 35), (3, 40, 33), (33, 4, 3, 3), (700, 301), (34, 9001)]
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 each_shape = pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
 each_width = pytest.mark.parametrize("bits", [24, 32])
+
+
+@pytest.fixture(autouse=True)
+def device_of_the_kernels(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Where there is a GPU, Triton's kernels are for tensors on it."""
+    callspec = getattr(request.node, "callspec", None)
+    on_gpu = torch.cuda.is_available() and callspec is not None and callspec.params.get("backend") == "triton"
+    with torch.device("cuda") if on_gpu else nullcontext():
+        yield
 
 
 def words(count: int = 2_000_000) -> Tensor:

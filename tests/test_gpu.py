@@ -96,6 +96,7 @@ def test_a_compiled_training_loop_does_not_compile_again():
     net = torch.nn.Linear(256, 256, device="cuda", dtype=torch.bfloat16)
     optimizer = Adafactor(net.parameters(), lr=0.01)
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     compiled = torch.compile(net)
     for t in range(20):
         optimizer.param_groups[0]["lr"] = 0.01 / (t + 1)

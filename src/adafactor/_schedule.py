@@ -36,7 +36,9 @@ def rho_at(hyper: Hyper, lr: Scalar | None, t: Scalar) -> Scalar:
 
 def exact(scalar: torch.Tensor) -> torch.Tensor:
     """A 0-d tensor in the widest float its device has, so that no formula here rounds to a narrower one."""
-    return scalar.reshape(()).to(torch.float32 if scalar.device.type == "mps" else torch.float64)
+    device = scalar.device
+    narrow = device.type == "mps" or (device.type == "xpu" and not torch.xpu.get_device_properties(device).has_fp64)
+    return scalar.reshape(()).to(torch.float32 if narrow else torch.float64)
 
 
 def _least(a: Scalar, b: Scalar) -> Scalar:

@@ -154,7 +154,7 @@ def check_available(requested: str) -> None:
 
 
 def select(requested: str, plan: TensorPlan, p: Tensor) -> Choice:
-    """The backend for one parameter, and why.
+    """The backend for one parameter, and why. Without elements, as a rank's piece may be, there is nothing to serve.
 
     Raises:
         ValueError: if it was asked for by name and cannot serve this parameter.
@@ -167,7 +167,7 @@ def select(requested: str, plan: TensorPlan, p: Tensor) -> Choice:
     refusal = backend.refuses_parameter(plan, p)
     if refusal is None:
         return Choice(backend, backend.describe())
-    if requested == backend.name:
+    if requested == backend.name and p.numel():
         raise ValueError(f"backend={requested!r} cannot serve parameter {plan.name!r}: {refusal}; use backend='auto'")
     return Choice(reference, refusal)
 

@@ -31,6 +31,7 @@ ROW_BYTES = BYTES + 8 * len(CUT)
 TILE = 8192  # elements that a program has in registers at once
 PANEL = 2048  # columns of a tile, at most, where a row needs several
 CHUNK = 128  # columns that one program of finalize takes
+FULL = 1 << 15  # elements of a full V that one program takes; known to the compiler, so that loads are vectors
 WIDTHS = (64, 256, 1024, 2048, 4096, 8192)  # of a tile in a sweep; wider rows are read twice
 NARROW = (64, 256, 1024)  # of a tile in apply; wider rows are cut into panels
 GROUP = 128  # columns that share a scale of one-byte momentum
@@ -40,6 +41,7 @@ _W = tl.constexpr(ROW_BYTES // 8)
 _TILE = tl.constexpr(TILE)
 _PANEL = tl.constexpr(PANEL)
 _CHUNK = tl.constexpr(CHUNK)
+_FULL = tl.constexpr(FULL)
 _GROUP = tl.constexpr(GROUP)
 _F = {name: tl.constexpr(index) for index, name in enumerate(FIELDS + CUT)}
 
@@ -438,14 +440,14 @@ def sweep(table, items, scratch, G: tl.constexpr, ALIGNED: tl.constexpr):
     average = beta2, rest, _real(row, _EPS1).to(tl.float32), _whole(row, _WHOLE_COLS).to(tl.float32)
     g = _tensor(row, _G, G, ALIGNED)
     sums = scratch + _whole(row, _STRIP_AT) + strip * _STRIP_SUMS
-    height = _whole(row, _STRIP_ROWS)
     if _whole(row, _FACTORED) == 0:
-        begin = strip * height
-        count = tl.minimum(height, _whole(row, _COLS) - begin).to(tl.int32)
+        begin = strip * _FULL
+        count = tl.minimum(_FULL, _whole(row, _COLS) - begin).to(tl.int32)
         _sweep_full(g + begin, _tensor(row, _R, tl.float32, ALIGNED) + begin, sums, count, average)
     else:
         m, n, strips = _columns(row, ALIGNED), _whole(row, _ROWS), _whole(row, _STRIPS)
         matrix = strip // strips
+        height = _whole(row, _STRIP_ROWS)
         begin = strip % strips * height
         count = tl.minimum(height, n - begin).to(tl.int32)
         at = matrix * n + begin
@@ -551,7 +553,7 @@ def finalize(table, items, scratch, phases):
 
     if phases & 2:
         t = tl.load(_numbers(row, _STEP)).to(tl.float64) + 1
-        mean_U2 = second / _whole(row, _WHOLE_COLS).to(tl.float32)
+        mean_U2 = tl.div_rn(second, _whole(row, _WHOLE_COLS).to(tl.float32))
         if factored:
             beta2, rest = _beta2(row, t)
             at = matrix * m + cols
@@ -561,7 +563,7 @@ def finalize(table, items, scratch, phases):
             tl.store(scratch + _whole(row, _COL_AT) + at, C, mask=here)
             tl.store(scratch + _whole(row, _ROOT_AT) + at, b, mask=here)
             U = tl.sqrt_rn(tl.div_rn(col_ratio, n)) * (tl.sqrt_rn(tl.div_rn(second, n)) * b)
-            mean_U2 = tl.sum(tl.where(here, U * U, 0.0), 0) / _whole(row, _WHOLE_COLS).to(tl.float32)
+            mean_U2 = tl.div_rn(tl.sum(tl.where(here, U * U, 0.0), 0), _whole(row, _WHOLE_COLS).to(tl.float32))
         tl.store(scratch + _whole(row, _CHUNK_AT) + index, mean_U2)
         if first:
             tl.store(total, grad_sq)
@@ -773,7 +775,8 @@ def _apply_matrix(
         b = tl.multiple_of(b, 16)
     row_sum = tl.load(scratch + _whole(row, _TOTAL_AT) + matrix * _TOTALS + 1)
     root_mean = tl.sqrt_rn(tl.div_rn(row_sum, _whole(row, _WHOLE_ROWS).to(tl.float32)))
-    TILE: tl.constexpr = _PANEL if M is None and PLANES == 0 and ALIGNED else _PANEL // 2  # as registers allow
+    # As registers allow; the same for split weights and float32 ones, whose sums of p^2 are to have one order.
+    TILE: tl.constexpr = _PANEL if M is None and PLANES == 0 and tl.float32 != P and ALIGNED else _PANEL // 2
     width = _whole(row, _WIDTH)
     if width == 64:
         param_sq = _apply_rows(
@@ -980,9 +983,10 @@ def apply(
     else:
         if _whole(row, _FACTORED) == 0:
             moment = tl.load(about_step + 1), tl.load(about_step + 2), _real(row, _EPS1).to(tl.float32)
-            count = tl.minimum(height, _whole(row, _COLS) - begin).to(tl.int32)
+            first = block * _FULL
+            count = tl.minimum(_FULL, _whole(row, _COLS) - first).to(tl.int32)
             V = _tensor(row, _R, tl.float32, ALIGNED)
-            param_sq = _apply_full(row, g, V, tensors, begin, count, moment, factors, decided, P, M, PLANES, STOCHASTIC)
+            param_sq = _apply_full(row, g, V, tensors, first, count, moment, factors, decided, P, M, PLANES, STOCHASTIC)
         else:
             param_sq = _apply_matrix(
                 row, scratch, g, tensors, matrix, begin, height, m, factors, decided, P, M, PLANES, STOCHASTIC, ALIGNED

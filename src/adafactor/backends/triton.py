@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import struct
 from array import array
+from collections import deque
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import lru_cache
@@ -30,7 +31,6 @@ OLDEST = (3, 4)  # Triton, of those tried
 
 STRIP_ROWS = 128  # the column sums of a strip cost 16 bytes per column; its elements 8 or more in all
 STRIP_LEAST, STRIP_MOST = 1 << 17, 1 << 21  # elements
-STRIP_FULL = 1 << 15  # elements of a full V
 BLOCK = 1 << 17  # elements that a program of apply takes, in whole rows
 PARTIAL_BYTES = 16 << 20  # of column sums in a wave, and of one parameter if it can be
 WAVE_BYTES = 1 << 30  # of gradients in a wave
@@ -76,6 +76,8 @@ def refuses_parameter(plan: TensorPlan, p: Tensor) -> str | None:
         return f"no kernels for {p.device.type}"
     elif p.device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(p.device) < (8, 0):
         return "Triton needs a GPU of compute capability 8.0 or more"
+    elif p.device.type == "xpu" and not torch.xpu.get_device_properties(p.device).has_fp64:
+        return "the step size is computed in float64, which this GPU lacks"
     if plan.factored and plan.dims[2] >= 1 << 28:
         return "its rows are too long for offsets of 32 bits"
     return missing() or _records.refuses_parameter(plan, p)
@@ -128,8 +130,8 @@ class Cut(NamedTuple):
 def cut(factored: bool, dims: tuple[int, int, int]) -> Cut:
     kernels, (matrices, n, m) = _module()[0], dims
     if not factored:
-        pieces = -(-m // STRIP_FULL)
-        return Cut(1, 0, m, STRIP_FULL, pieces, STRIP_FULL, pieces, 1, 0, 0)
+        pieces = -(-m // kernels.FULL)
+        return Cut(1, 0, m, kernels.FULL, pieces, kernels.FULL, pieces, 1, 0, 0)
     block_rows = 1 << max(BLOCK // m, 1).bit_length() - 1
     rows = min(max(STRIP_ROWS, STRIP_LEAST // m), max(STRIP_MOST // m, 1))
     most = max(PARTIAL_BYTES // (8 * m * matrices), 1)
@@ -274,6 +276,9 @@ def _run_kind(kind: _Kind, tasks: list[Task], phases: int) -> None:
             launch(kernels.apply, each.table, each.blocks, scratch, 0, **written)
     if phases & _APPLY:
         _records.after_write(tasks, versions)
+        if _capturing(kind.device):  # nothing has run: whether the graph's sums of p^2 hold, only its replays know
+            for task in tasks:
+                task.kept.version = None
 
 
 def launch(kernel: Any, table: Tensor, items: Tensor, scratch: Tensor, *arguments: int, **constants: Any) -> None:
@@ -330,12 +335,12 @@ class _Pinned(NamedTuple):
     copied: Any
 
 
-_ring: dict[torch.device, list[_Pinned]] = {}
-_reserve: dict[
-    torch.device, Tensor
-] = {}  # for CUDA graphs: while one is captured, nothing can be allocated or waited for
+# By device, stream and size, the one used longest ago in front: where that is not free yet, none is.
+_rings: dict[tuple[torch.device, int, int], deque[_Pinned]] = {}
+# For CUDA graphs: while one is captured, nothing can be allocated or waited for.
+_reserve: dict[torch.device, Tensor] = {}
 _captured: list[Tensor] = []  # what graphs copy from whenever they are replayed
-_RESERVE = 1 << 17  # int64
+_RESERVE = 1 << 18  # int64
 _lock = Lock()  # autograd steps parameters in threads of its own
 
 
@@ -352,23 +357,28 @@ def _copied(device: torch.device, words: Tensor) -> Tensor:
     there, size = torch.empty_like(words, device=device), len(words)
     with _lock:
         reserve = _reserve.get(device)
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if _capturing(device):
             if reserve is None or len(reserve) < size:  # no step came before, or not one like this
                 reserve = _pinned(size)
             memory, _reserve[device] = reserve[:size], reserve[size:]
             _captured.append(memory)
             there.copy_(memory.copy_(words), non_blocking=True)
             return there
-        ring = _ring.setdefault(device, [])
-        slot = next((slot for slot in ring if len(slot.memory) >= size and slot.copied.query()), None)
-        if slot is None:
-            slot = _Pinned(_pinned(1 << (size - 1).bit_length()), torch.get_device_module(device).Event())
-            ring.append(slot)
+        module, room = torch.get_device_module(device), 1 << (size - 1).bit_length()
+        ring = _rings.setdefault((device, module.current_stream().stream_id, room), deque())
+        if not ring or not ring[0].copied.query():
+            ring.appendleft(_Pinned(_pinned(room), module.Event()))
+        slot = ring[0]
         there.copy_(slot.memory[:size].copy_(words), non_blocking=True)
         slot.copied.record()
-        if reserve is None or len(reserve) < max(_RESERVE, size):
-            _reserve[device] = _pinned(2 * max(_RESERVE, size))
+        ring.rotate(-1)
+        if reserve is None or len(reserve) < 4 * size:  # as many as a step may take: two kinds, RMS(p) measured first
+            _reserve[device] = _pinned(max(_RESERVE, 4 * size))
     return there
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _pinned(size: int) -> Tensor:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import gc
+import json
 import math
 import statistics
+import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,6 +38,7 @@ class _Runner:
     spent: float = 0.0
     state_bytes: int = 0
     temporary_bytes: int = 0
+    launches: dict[str, int] | None = None
     note: str | None = None
 
 
@@ -159,8 +163,27 @@ def _warm_up(runner: _Runner, case: Case, named: list[tuple[str, torch.nn.Parame
     runner.optimizer = optimizer = entry.build(named, case.backend)
     optimizer.step()
     runner.temporary_bytes = memory.peak_allocated(optimizer.step, case.device)
+    if case.device == "cuda":
+        runner.launches = launched(optimizer.step)
     tensors = (v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor))
     runner.state_bytes = allocated(tensors)
+
+
+def launched(run: Callable[[], object]) -> dict[str, int]:
+    """How many kernels and copies the device was given while `run()` ran, by torch's profiler."""
+    with torch.profiler.profile(activities=list(torch.profiler.supported_activities())) as profiler:
+        run()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory, "trace.json")
+        profiler.export_chrome_trace(str(path))
+        return launches_in(json.loads(path.read_text())["traceEvents"])
+
+
+def launches_in(events: Iterable[dict[str, Any]]) -> dict[str, int]:
+    kinds = Counter(event.get("cat") for event in events)
+    return {"kernels": kinds["kernel"] + kinds["gpu_memset"], "copies": kinds["gpu_memcpy"]}
 
 
 def _attempt(work: Callable[..., None], runner: _Runner, *arguments: Any) -> None:
@@ -227,6 +250,7 @@ def _rows(runners: list[_Runner], case: Case) -> list[dict[str, Any]]:
                 "state_bytes": runner.state_bytes if timed else None,
                 "state_bytes_per_parameter": runner.state_bytes / case.shapes.parameters if timed else None,
                 "temporary_bytes": runner.temporary_bytes if timed else None,
+                "launches": runner.launches,
                 "moved_bytes_per_parameter": entry.passes and entry.passes * DTYPES[case.dtype].itemsize,
             }
         )
