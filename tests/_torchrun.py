@@ -9,29 +9,34 @@ import json
 import os
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from _cli import at_step
-from adafactor.cli import _checkpoint, _pictures, _ranks, _text, main
+from adafactor.cli import _checkpoint, _models, _pictures, _ranks, _text, _tokens, main
 from adafactor.cli._contenders import CONTENDERS
 from adafactor.cli._loop import Setup, Trainer
 
 SIZES = {"steps": 20, "batch_size": 8, "width": 18, "depth": 1, "heads": 3, "context": 16}  # 18 rows on 4: uneven
 TINY = [word for name, value in SIZES.items() for word in (f"--{name.replace('_', '-')}", str(value))]
 STOPPED_AT = 10
+MODELS = [("fsdp", "t5"), ("ddp", "mt5"), ("fsdp", "bert"), ("hsdp", "palm")]
 TRAININGS = [("fsdp", name) for name in CONTENDERS]
 TRAININGS += [(shard, name) for shard in ("hsdp", "ddp") for name in ("adafactor", "adafactor-paper", "adamw")]
 
 _runs, _attempt = 0, os.environ.get("TORCHELASTIC_RESTART_COUNT", "")
 
 
-def trained(corpus: _text.Corpus, contender: str, **setup: Any) -> dict[str, Any]:
+def trained(corpus: _text.Corpus, contender: str, model: str = "gpt", **setup: Any) -> dict[str, Any]:
     """What a few steps come to; the weights on the first process only."""
-    chosen = CONTENDERS[contender]
-    trainer = Trainer(Setup(**SIZES, **setup), chosen, chosen.lr, corpus)
+    chosen, family, sizes = CONTENDERS[contender], _models.find(model), SIZES
+    if family.tokenizer:
+        sizes = {"steps": 20, "batch_size": 8, "context": 16, "vocabulary": 300}
+        corpus = _tokens.tokenized(corpus, _ranks.made_once(partial(_tokens.train, family, 300, corpus)))
+    trainer = Trainer(Setup(**sizes, model=model, **setup), chosen, chosen.lr, corpus)
     losses = []
     for _ in range(6):
         trainer.step()
@@ -64,6 +69,16 @@ def together(text: Path, out: Path) -> None:
         at_step(3, _fail)
     _again()
     sys.exit(main(["train", *options, "--shard", "ddp"]))
+
+
+def models(text: Path, out: Path) -> None:
+    """Models of every kind, each sharded in one way."""
+    corpus, found = _text.load(text), {}
+    _ranks.join("cpu")
+    for shard, model in MODELS:
+        found[model] = trained(corpus, _models.find(model).optimizer, model, threads=2, shard=shard, ranks=2)
+    if _ranks.first():
+        torch.save(found, out / "models.pt")
 
 
 def killed(text: Path, out: Path) -> None:
@@ -129,4 +144,4 @@ def _tell(out: Path, results: dict[str, Any]) -> None:
 if __name__ == "__main__":
     faulthandler.dump_traceback_later(120, exit=True)  # a test that hangs says where
     _pictures.draw = lambda results, rows, unit: {}
-    {"together": together, "killed": killed}[sys.argv[1]](*map(Path, sys.argv[2:]))
+    {"together": together, "killed": killed, "models": models}[sys.argv[1]](*map(Path, sys.argv[2:]))

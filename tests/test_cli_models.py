@@ -31,6 +31,8 @@ from adafactor.cli._model_bert import SPECIAL as BERT_SPECIAL
 from adafactor.cli._model_t5 import END, SENTINELS, SpanCorruption
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # what another package warns of while it is imported
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "models.md"
 HOSTED = ["t5", "mt5", "bert"]
 SMALL = ["--steps", "30", "--batch-size", "4", "--context", "32", "--threads", "1"]
 
@@ -309,6 +311,28 @@ def test_what_was_trained_loads_in_transformers(model: str, text: Path, tmp_path
     trainer = Trainer(setup, CONTENDERS["adafactor"], 1e-3, corpus)
     trainer.model.model.load_state_dict(loaded.state_dict())  # type: ignore[union-attr]
     assert trainer.evaluate() == pytest.approx(losses(out)[-1][3], rel=1e-6)
+
+
+BLOCKS = re.findall(r"^```python models\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_the_page_s_code_runs(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_pictures: None) -> None:
+    needs("bert")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block, "docs/models.md", "exec"), {"__name__": "documentation"})
+
+
+def test_the_page_has_the_table_of_the_recorded_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not (ROOT / "benchmarks").exists():
+        pytest.skip("benchmarks/ is not part of the sdist")
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import from_scratch
+
+    rows = json.loads(from_scratch.RESULTS.read_text())
+    assert from_scratch.table(rows) in PAGE.read_text()
+    assert [row["run"] for row in rows] == list(from_scratch.RUNS)
+    assert all(row["curve"][-1][2] < row["curve"][0][1] - 1 for row in rows), "every loss falls by more than a nat"
 
 
 def test_settings_are_those_that_were_published(text: Path) -> None:

@@ -35,7 +35,7 @@ def train(
         str | None, typer.Option(help=f"One of {', '.join(CONTENDERS)}.", show_default="the one of the model's recipe")
     ] = None,
     lr: Annotated[
-        float | None, typer.Option(help="Peak learning rate.", show_default="the one tuned for the optimizer")
+        float | None, typer.Option(help="Peak learning rate.", show_default="the optimizer's: tuned, or published")
     ] = None,
     data: options.Data = None,
     steps: options.Steps = Setup.steps,
@@ -81,8 +81,8 @@ def train(
     gpt is the small byte-level model of `compare`, palm the same in PaLM's form.
     t5, mt5 and bert are transformers' models, with their own objectives: spans
     taken out of a text, and masked tokens; their tokenizer is trained on the text
-    first. Each trains with the Adafactor settings of its recipe; another --optimizer
-    can take their place. The weights of t5, mt5 and bert are also written for
+    first. Each trains with the Adafactor settings of its recipe, in whose place
+    --optimizer puts others. The weights of t5, mt5 and bert are also written for
     `from_pretrained`, in the run directory's model/.
 
     Checkpoints are replaced as a whole, so a run that was killed, or that Ctrl-C
