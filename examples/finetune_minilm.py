@@ -85,18 +85,25 @@ class Encoder(torch.nn.Module):
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.bert = AutoModel.from_pretrained(folder, add_pooling_layer=False, dtype=dtype).eval()  # no dropout
 
-    def forward(self, texts: list[str]) -> Tensor:
-        """[texts, 384], float32; of each text, the first 48 tokens."""
-        tokens = self.tokenizer(texts, padding=True, truncation=True, max_length=48, return_tensors="pt")
+    def forward(self, texts: list[str], length: int) -> Tensor:
+        """[texts, 384], float32, from the first `length` tokens of each."""
+        tokens = self.tokenizer(texts, padding=True, truncation=True, max_length=length, return_tensors="pt")
         mask = tokens["attention_mask"][:, :, None]
         mean = (self.bert(**tokens).last_hidden_state.float() * mask).sum(1) / mask.sum(1)
         return torch.nn.functional.normalize(mean)
 
-    @torch.no_grad()
     def similarity(self, sentences: list[str], codes: list[str]) -> Tensor:
         """[sentences, codes], cosines."""
-        vectors = [torch.cat([self(side[i : i + 50]) for i in range(0, len(side), 50)]) for side in (sentences, codes)]
-        return vectors[0] @ vectors[1].T
+        return self(sentences, 24) @ self(codes, 48).T
+
+    @torch.no_grad()
+    def search(self, sentences: list[str], codes: list[str]) -> Tensor:
+        """The same for many."""
+        sides = [
+            [self(side[i : i + 50], length) for i in range(0, len(side), 50)]
+            for side, length in ((sentences, 24), (codes, 48))
+        ]
+        return torch.cat(sides[0]) @ torch.cat(sides[1]).T
 
 
 def parsed(command_line: list[str] | None) -> argparse.Namespace:
@@ -167,7 +174,7 @@ def main(command_line: list[str] | None = None) -> dict[str, Any]:
     )
 
     results = {"words in common": scores(by_words(sentences, codes))}
-    results["pretrained"] = scores(model.similarity(sentences, codes))
+    results["pretrained"] = scores(model.search(sentences, codes))
     losses: list[float] = []
     if options.saved:
         model.load_state_dict(options.saved["model"])
@@ -182,7 +189,7 @@ def main(command_line: list[str] | None = None) -> dict[str, Any]:
         epoch, place = divmod(step, len(train) // options.batch)
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(100 * options.seed + epoch))
         batch = [train[i] for i in order[place * options.batch :][: options.batch].tolist()]
-        similarity = model([sentence for sentence, _ in batch]) @ model([code for _, code in batch]).T
+        similarity = model.similarity(*map(list, zip(*batch, strict=True)))
         loss = torch.nn.functional.cross_entropy(20 * similarity, torch.arange(len(batch)))
         loss.backward()  # Adafactor changes the weights here
         optimizer.step()
@@ -197,7 +204,7 @@ def main(command_line: list[str] | None = None) -> dict[str, Any]:
             parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
             states = {name: part.state_dict() for name, part in parts.items()}
             torch.save(states | {"run": run, "losses": losses}, options.out / f"step-{done}.pt")
-    results["fine-tuned"] = scores(model.similarity(sentences, codes))
+    results["fine-tuned"] = scores(model.search(sentences, codes))
 
     weights = sum(p.nbytes for p in model.parameters())
     states = optimizer.state_dict()["state"].values()
