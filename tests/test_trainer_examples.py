@@ -83,7 +83,7 @@ def test_example_of_fine_tuning(tmp_path, monkeypatch):
     ("options", "says"),
     [
         (["--steps", "1"], "argument --steps: must be at least 2, got 1"),
-        (["--lr", "nan"], "argument --lr: must be above 0, got nan"),
+        (["--lr", "nan"], "argument --lr: must be above 0 and finite, got nan"),
         (["--out", __file__], f"argument --out: must be a folder, got the file {__file__}"),
         (["--resume", "no.pt"], "argument --resume: must be a step-N.pt that a run wrote, and no.pt does not exist"),
         (["--resume", __file__], f"argument --resume: must be a step-N.pt that a run wrote, and {__file__} is not one"),
