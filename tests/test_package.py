@@ -142,6 +142,22 @@ def test_the_documentation_s_code_runs(block, tmp_path, monkeypatch):
     exec(compile(block, "documentation", "exec"), {"__name__": "documentation"})
 
 
+def test_no_page_has_code_that_no_test_runs():
+    fences = {
+        (page.name, words) for page in PAGES for words in re.findall(r"^ *```python ?(.*)$", page.read_text(), re.M)
+    }
+    marked = {(page, words) for page, words in fences if words}
+    trainers = {("trainers.md", "accelerate"), ("trainers.md", "lightning")}  # test_trainer_examples.py
+    ranks = {
+        ("distributed.md", f"torchrun {package}".strip()) for package in ("", "accelerate", "lightning", "torchtitan")
+    }
+    assert marked == trainers | ranks  # test_documentation_ranks.py
+    indented = [
+        page.name for page in PAGES if re.search(r"^ +```python|^```(py|python3|pycon)\b", page.read_text(), re.M)
+    ]
+    assert not indented
+
+
 LINKS = [
     pytest.param(page.parent / target, id=f"{page.name}: {target}")
     for page in [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]

