@@ -373,6 +373,7 @@ def test_settings_are_those_that_were_published(text: Path) -> None:
         (["--model", "palm", "--vocabulary", "500"], "--vocabulary 500 is for t5, mt5, bert"),
         (["--model", "palm", "--width", "17"], "--width must be a multiple of 2 * heads"),
         (["--model", "t5", "--vocabulary", "100"], "--vocabulary must be from 256 to"),
+        (["--model", "bert", "--vocabulary", "0"], "--vocabulary must be from 256 to"),
         (["--model", "bert", "--context", "513"], "--context must be from 4 to 512 for bert, got 513"),
         (
             ["--model", "t5", "--context", "4000"],

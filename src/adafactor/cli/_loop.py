@@ -49,7 +49,7 @@ class Setup:
     ranks: int = 1
     model: str = "gpt"
     size: str | None = None
-    vocabulary: int = 0
+    vocabulary: int | None = None
 
     def __post_init__(self) -> None:
         limits = (("steps", 1, 10**9), ("batch_size", 1, 10**6), ("seed", 0, 2**63 - 1), ("threads", 0, 512))
@@ -76,17 +76,17 @@ class Setup:
         sizes = _models.find(self.model).sizes
         if not sizes:
             for name, value in (("size", self.size), ("vocabulary", self.vocabulary)):
-                if value:
+                if value is not None:
                     raise UserError(
                         f"--{name} {value} is for {', '.join(_models.SIZED)}; the size of {self.model} is --width, "
                         "--depth and --heads, and it reads bytes"
                     )
             return
-        size = self.size or next(iter(sizes))
+        size = next(iter(sizes)) if self.size is None else self.size
         if size not in sizes:
             raise UserError(f"--size must be one of {', '.join(sizes)} for {self.model}, got {size!r}")
         numbers = sizes[size]
-        vocabulary = self.vocabulary or numbers.vocabulary
+        vocabulary = numbers.vocabulary if self.vocabulary is None else self.vocabulary
         if not 256 <= vocabulary <= 2**20:
             raise UserError(f"--vocabulary must be from 256 to {2**20}, got {vocabulary}")
         resolved = {"size": size, "vocabulary": vocabulary}

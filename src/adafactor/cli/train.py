@@ -117,7 +117,7 @@ def train(
             else (_models.LONG if family.sizes and size not in (None, "tiny") else Setup.context)
         )
         place = (dtype, device, threads, shard, ranks)
-        setup = Setup(steps, batch_size, seed, width, depth, heads, reads, *place, model, size, vocabulary or 0)
+        setup = Setup(steps, batch_size, seed, width, depth, heads, reads, *place, model, size, vocabulary)
         contender = find(optimizer or family.optimizer, "--optimizer")
         run = Run(setup, contender.name, checked_lr(contender, lr), data and str(data.resolve()))
     setup, family = run.setup, _models.find(run.setup.model)
@@ -126,6 +126,7 @@ def train(
         new_run_directory(out, "continue it with --resume, or choose another --out")
     corpus = _text.load(data or (run.data and Path(run.data)) or None)
     if family.tokenizer is not None:
+        assert setup.vocabulary is not None
         if content is None:
             note(f"Training a tokenizer of {setup.vocabulary:,} tokens on {in_bytes(corpus.train.bytes)} of text")
             run = replace(run, tokenizer=_ranks.made_once(partial(_tokens.train, family, setup.vocabulary, corpus)))
