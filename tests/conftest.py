@@ -1,4 +1,4 @@
-"""Two threads for every test: more only wait for each other on small tensors, as two would where tests run side by side.
+"""Two threads for every test: more only wait for each other on small tensors, and two do where tests run side by side.
 
 Triton's interpreter where no GPU is.
 """
