@@ -493,6 +493,20 @@ def test_peak_allocated_counts_bytes():
     assert 6_000_000 <= adafactor.memory.peak_allocated(run) < 6_001_000
 
 
+def test_peak_allocated_leaves_out_releases_of_what_was_there_before():
+    """Of these the profiler has the sizes of tensors that an earlier profile saw, and that have ended since."""
+    kept: list[torch.Tensor] = []
+    adafactor.memory.peak_allocated(lambda: kept.extend(torch.zeros(100) for _ in range(100)))
+    kept.clear()
+    kept.extend(torch.zeros(100) for _ in range(200))
+
+    def run():
+        kept.clear()
+        return torch.zeros(1000)
+
+    assert adafactor.memory.peak_allocated(run) == 4000
+
+
 def test_numpy_numbers_are_numbers_and_are_stored_plain():
     p, q = parameter(40, 40), parameter(40, 40)
     given = Adafactor([p], lr=np.float32(0.5), beta1=np.float64(0.5), seed=np.int64(3), nesterov=np.bool_(True))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -128,7 +127,9 @@ SOME = ("adamw-float32", "bfloat16", "bfloat16-in-backward")
 
 @pytest.mark.parametrize("mode", SOME)
 @pytest.mark.parametrize("net", NETS)
-def test_the_gradients_alive_at_once_are_counted(net: str, mode: str) -> None:
+def test_the_gradients_alive_at_once_are_counted(net: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Its bfloat16 products take scratch from the allocator, by instruction set and threads as much as the gradients.
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
     chosen = BY_NAME[mode]
     model = NETS[net]().to(chosen.dtype)
     optimizer = build(chosen, list(model.named_parameters()))
@@ -136,7 +137,6 @@ def test_the_gradients_alive_at_once_are_counted(net: str, mode: str) -> None:
         model(torch.tensor([1, 2])).backward()
         optimizer.step()
         optimizer.zero_grad()
-        gc.collect()  # what it would release meanwhile was there before
         alive = memory.peak_allocated(model(torch.tensor([1, 2])).backward)
     assert abs(alive - planned(model, chosen).gradients) <= 64 * (700 + 64)  # a step's temporaries; half an embedding
 
@@ -275,7 +275,6 @@ def test_what_fsdp_holds_is_counted(
     with optimizer.step_in_backward() if chosen.in_backward else contextlib.nullcontext():  # type: ignore[union-attr]
         step()
         optimizer.zero_grad()
-        gc.collect()
         above = memory.peak_allocated(step)
     weights = sum(local(p).nbytes for p in net.parameters())
     assert computed.weights == weights

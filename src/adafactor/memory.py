@@ -133,8 +133,8 @@ def report(model_or_shapes: Any, *, ranks: int = 1, in_backward: bool = False, *
 def peak_allocated(run: Callable[[], object], device: str | torch.device = "cpu") -> int:
     """The most bytes that tensors held at once while `run()` ran, above what they held before.
 
-    Counted from the allocator's own records: on the CPU by the profiler (in this thread and those it starts), on CUDA
-    by the caching allocator's statistics.
+    Counted from the allocator's own records: on the CPU by the profiler (in this thread and those it starts; what was
+    there before counts as held to the end), on CUDA by the caching allocator's statistics.
     """
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
@@ -142,23 +142,35 @@ def peak_allocated(run: Callable[[], object], device: str | torch.device = "cpu"
         torch.cuda.reset_peak_memory_stats(device)
         run()
         return torch.cuda.max_memory_allocated(device) - before
-    events = profiled(run).events()
-    records = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
-    live = peak = 0
-    for _, nbytes in records:
-        live += nbytes
-        peak = max(peak, live)
+    from torch._C._profiler import _EventType  # private, so not what importing this package rests on
+
+    live: dict[int, int] = {}
+    now = peak = 0
+    for event in profiled(run):
+        if event.tag == _EventType.Allocation:
+            record = event.typed[1]
+            # Of a block from before, a release has the size that an earlier profile saw at this address, if any did.
+            now -= live.pop(record.ptr, 0)
+            if record.alloc_size > 0:
+                live[record.ptr] = record.alloc_size
+                now += record.alloc_size
+                peak = max(peak, now)
     return peak
 
 
-def profiled(run: Callable[[], object]) -> Any:
-    """What the profiler wrote down while `run()` ran, every allocation and release among it, as its C++ side has it."""
+def profiled(run: Callable[[], object]) -> list[Any]:
+    """The events that the profiler wrote down while `run()` ran, allocations and releases among them, by their time."""
     with (
         _quiet_stderr(),
         torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler,
     ):
         run()
-    return profiler.profiler.kineto_results  # type: ignore[union-attr]
+    events = []
+    waiting = profiler.profiler.kineto_results.experimental_event_tree()[::-1]  # type: ignore[union-attr]
+    while waiting:
+        events.append(waiting.pop())
+        waiting += events[-1].children[::-1]
+    return sorted(events, key=lambda event: event.start_time_ns)
 
 
 @contextmanager

@@ -144,18 +144,11 @@ def _but_activations(now: dict[str, int]) -> int:
 
 def _records(run: Callable[[], object], device: str) -> Iterator[tuple[str, list[int], int]]:
     """(what, addresses, bytes) in the order of time."""
-    events = []
-    waiting = list(memory.profiled(run).experimental_event_tree())
-    while waiting:
-        event = waiting.pop()
-        waiting += event.children
+    for event in memory.profiled(run):
         if event.name.startswith(_MARK):
             what, *addresses = event.name.removeprefix(_MARK).split()
-            events.append((event.start_time_ns, what, [int(address) for address in addresses], 0))
+            yield what, [int(address) for address in addresses], 0
         elif event.tag == _EventType.Allocation:
             record = event.typed[1]
             if record.device.type == device:
-                what = "allocated" if record.alloc_size > 0 else "released"
-                events.append((event.start_time_ns, what, [record.ptr], record.alloc_size))
-    for _, *record in sorted(events, key=lambda event: event[0]):
-        yield cast(Any, tuple(record))
+                yield "allocated" if record.alloc_size > 0 else "released", [record.ptr], record.alloc_size
