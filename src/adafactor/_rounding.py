@@ -74,7 +74,7 @@ def round_stochastic(x: Tensor, dtype: torch.dtype, bits: Tensor) -> Tensor:
         lift = (magnitude < _FLOAT16_SMALLEST_NORMAL) * _FLOAT16_SMALLEST_NORMAL
         magnitude += lift
     word = magnitude.view(torch.int32)
-    rounded = ((word + (bits >> (16 - dropped))) >> dropped << dropped).clamp_(max=largest)
+    rounded = ((word + (bits >> (16 - dropped))) >> dropped << dropped).clamp_max_(largest)
     magnitude = torch.where(word < _INFINITY, rounded, word).view(torch.float32)
     if dtype == torch.float16:
         magnitude -= lift
@@ -94,7 +94,7 @@ def split_weight(x: Tensor, bits: int) -> tuple[Tensor, ...]:
     word = x.contiguous().view(torch.int32)
     magnitude, sign = word & 0x7FFFFFFF, word & ~0x7FFFFFFF
     if bits == 24:
-        rounded = ((magnitude + 0x80) & ~0xFF).clamp_(max=_INFINITY - 0x100)
+        rounded = ((magnitude + 0x80) & ~0xFF).clamp_max_(_INFINITY - 0x100)
         magnitude = torch.where(magnitude < _INFINITY, rounded, magnitude)
     word = torch.where(magnitude > _INFINITY, _QUIET_NAN, magnitude) | sign
     top = (word + 0x8000) >> 16
@@ -130,7 +130,7 @@ def quantize(M: Tensor, bits: Tensor | None) -> tuple[Tensor, Tensor]:
     good = (largest >= _SMALLEST_BLOCK) & largest.isfinite()
     scale = torch.where(largest < _SMALLEST_BLOCK, 0.0, largest * _SCALE)
     scale = torch.where(good | (scale == 0), scale, math.inf)
-    square = (blocks * torch.where(good, 1 / scale, 0.0)).nan_to_num_(0.0).clamp_(max=_CODES**2)
+    square = (blocks * torch.where(good, 1 / scale, 0.0)).nan_to_num_(0.0).clamp_max_(_CODES**2)
     square = square.flatten(1)[:, : M.shape[1]]
     code = square.sqrt().floor_()
     draw = 0.5 if bits is None else (bits + 0.5) / 65536

@@ -22,10 +22,10 @@ NO_GRADIENT = torch.empty(0)
 
 
 class Streams(NamedTuple):
-    """What sets apart the random bits of a parameter's weights and of its momentum."""
+    """What sets apart the random bits of a parameter's weights and of its momentum: two words each."""
 
-    weights: tuple[int, int]
-    momentum: tuple[int, int]
+    weights: tuple[Any, Any]  # ints; in a wave, int32 tensors
+    momentum: tuple[Any, Any]
 
 
 @dataclass(slots=True)
@@ -203,7 +203,7 @@ def allocate_sums(tasks: Sequence[Task]) -> None:
     for dtype, device in {(task.plan.compute_dtype, task.p.device) for task in tasks}:
         batch = [task for task in tasks if task.plan.compute_dtype == dtype and task.p.device == device]
         sizes = [spec.numel for task in batch for spec in task.plan.sums]
-        zeros = batch[0].p.new_zeros(sum(sizes), dtype=dtype)  # of p: where vmap stacks parameters, a row for each
+        zeros = batch[0].p.new_zeros(sum(sizes), dtype=dtype)  # of p's: in a wave, every parameter has its own
         views = iter(zeros.split(sizes))
         for task in batch:
             task.sums = {spec.name: next(views).view(spec.shape) for spec in task.plan.sums}
