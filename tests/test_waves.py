@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeAccessIssue]
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from _cases import (
@@ -157,6 +158,22 @@ def test_a_wave_agrees_with_the_oracle(shape: Shape, mode: str, sizes: list[int]
     assert sizes == [2] * len(grads)
     for seen in taken:
         assert_agrees_in_float64(shape, kwargs, seen, oracle_walk(p0, grads, **kwargs))
+
+
+class NoDtypeViews(TorchFunctionMode):
+    """As under torch before 2.13, whose vmap refuses `Tensor.view(dtype)`."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.view and isinstance(args[1], torch.dtype):
+            assert not functorch.is_batchedtensor(args[0])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("mode", ["paper", *FEW_BITS])
+def test_vmap_sees_no_view_of_another_dtype(mode: str, sizes: list[int]):
+    with NoDtypeViews():
+        walk_together(several([(3, 40, 33)], 2, torch.bfloat16), **FEW_BITS.get(mode, {}))
+    assert 2 in sizes
 
 
 def test_only_what_is_treated_alike_shares_a_wave(sizes: list[int]):
