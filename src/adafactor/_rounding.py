@@ -145,7 +145,7 @@ def dequantize(code: Tensor, scale: Tensor) -> Tensor:
 
 
 class _Bits(torch.autograd.Function):
-    """`Tensor.view(dtype)`, which `torch.vmap` does not know before torch 2.13."""
+    """`Tensor.view(dtype)` for `torch.vmap`."""
 
     @staticmethod
     def forward(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -162,7 +162,10 @@ class _Bits(torch.autograd.Function):
 
 def _bits(x: Tensor, dtype: torch.dtype) -> Tensor:
     """The same bits as another dtype of that width: a view."""
-    return _Bits.apply(x, dtype)  # pyright: ignore[reportReturnType]
+    try:
+        return x.view(dtype)
+    except RuntimeError:  # vmap does not know it before torch 2.13
+        return _Bits.apply(x, dtype)  # pyright: ignore[reportReturnType]
 
 
 def _mix(word: Word, key: Word) -> Word:
