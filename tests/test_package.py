@@ -34,6 +34,7 @@ LADDER = {
         "backends.reference",
         "backends.sparse",
         "backends.triton",
+        "backends.waves",
     },  # the choice is made when it is asked for
     "backends._records": {"_hyper", "_plan", "backends"},
     "backends.cpu": {"_plan", "backends", "backends._records"},
@@ -41,6 +42,7 @@ LADDER = {
     "backends.triton": {"_hyper", "_plan", "backends", "backends._records", "backends._triton_kernels"},
     "backends.reference": {"_plan", "_rounding", "_schedule", "backends"},
     "backends.sparse": {"backends", "backends.reference"},
+    "backends.waves": {"backends", "backends.reference"},
     "_in_backward_guards": set(),
     "_in_backward_turns": set(),
     "_in_backward_ddp": {"_in_backward_turns"},

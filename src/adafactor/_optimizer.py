@@ -339,7 +339,7 @@ class Adafactor(Optimizer):
     def _update(self, chosen: Iterable[tuple[dict[str, Any], Iterable[Tensor]]]) -> None:
         """One update of those of the chosen parameters that have a gradient, group by group."""
         chosen = [(group, tuple(params)) for group, params in chosen]
-        batches: dict[str, tuple[Backend, list[Task]]] = {}
+        batches: dict[Backend, list[Task]] = {}
         updated: dict[int, dict[str, Any]] = {}
         split: list[Tensor] = []
         slots = self._slots
@@ -365,21 +365,18 @@ class Adafactor(Optimizer):
                     if slot.is_split:
                         split.append(p)
                         continue
-                    backend = slot.served.backend
-                    if backend.name not in batches:
-                        batches[backend.name] = backend, []
-                    batches[backend.name][1].append(slot.task)
+                    batches.setdefault(slot.served.backend, []).append(slot.task)
             if self._slots is not slots:  # rebuilt on the way: what was looked up before that is out of date
                 self._update(chosen)
                 return
-            for backend, batch in batches.values():
+            for backend, batch in batches.items():
                 backend.step(batch)
             if split:
                 self._update_split(split)
         finally:
             for p in split:
                 self._slots[p].task.let_go()
-            for _, batch in batches.values():
+            for batch in batches.values():
                 for task in batch:
                     task.let_go()
         self._updated |= updated
@@ -389,21 +386,20 @@ class Adafactor(Optimizer):
         slots = [self._slots[p] for p in params]
         reduction = self._reduction(slots)
         tasks = [slot.task if p.grad is not None else None for slot, p in zip(slots, params, strict=True)]
-        batches: dict[str, tuple[Backend, list[Task]]] = {}
+        batches: dict[Backend, list[Task]] = {}
         for slot, task in zip(slots, tasks, strict=True):
             if task is not None:
-                backend = slot.served.backend
-                batches.setdefault(backend.name, (backend, []))[1].append(task)
+                batches.setdefault(slot.served.backend, []).append(task)
         present = [task for task in tasks if task is not None]
         allocate_sums(present)
         reference.sum_rows([task for task in present if "row_sq" in task.sums])
         sums = [None if task is None else task.sums for task in tasks]
         reduction.rows(sums)
-        for backend, batch in batches.values():
+        for backend, batch in batches.items():
             backend.sweep(batch)
         for begins in reduction.complete(sums):
             reference.mean_squares([task for task in map(tasks.__getitem__, begins) if task is not None])
-        for backend, batch in batches.values():
+        for backend, batch in batches.items():
             backend.apply(batch)
         written = [p for p in params if p.grad is not None and not p.is_inference()]
         torch.autograd.graph.increment_version(written)

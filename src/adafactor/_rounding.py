@@ -73,9 +73,9 @@ def round_stochastic(x: Tensor, dtype: torch.dtype, bits: Tensor) -> Tensor:
         # Below its smallest normal number float16 has fewer mantissa bits; above it, the same spacing and all of them.
         lift = (magnitude < _FLOAT16_SMALLEST_NORMAL) * _FLOAT16_SMALLEST_NORMAL
         magnitude += lift
-    word = magnitude.view(torch.int32)
-    rounded = ((word + (bits >> (16 - dropped))) >> dropped << dropped).clamp_(max=largest)
-    magnitude = torch.where(word < _INFINITY, rounded, word).view(torch.float32)
+    word = _bits(magnitude, torch.int32)
+    rounded = ((word + (bits >> (16 - dropped))) >> dropped << dropped).clamp_max_(largest)
+    magnitude = _bits(torch.where(word < _INFINITY, rounded, word), torch.float32)
     if dtype == torch.float16:
         magnitude -= lift
     return magnitude.copysign_(x).to(dtype)
@@ -91,25 +91,25 @@ def split_weight(x: Tensor, bits: int) -> tuple[Tensor, ...]:
     with an error of at most 2^-16 of x above its smallest normal number. Finite numbers stay finite as a whole; those
     beyond the largest bfloat16 plus half its spacing have an infinite bfloat16 part, as rounding to nearest would.
     """
-    word = x.contiguous().view(torch.int32)
+    word = _bits(x.contiguous(), torch.int32)
     magnitude, sign = word & 0x7FFFFFFF, word & ~0x7FFFFFFF
     if bits == 24:
-        rounded = ((magnitude + 0x80) & ~0xFF).clamp_(max=_INFINITY - 0x100)
+        rounded = ((magnitude + 0x80) & ~0xFF).clamp_max_(_INFINITY - 0x100)
         magnitude = torch.where(magnitude < _INFINITY, rounded, magnitude)
     word = torch.where(magnitude > _INFINITY, _QUIET_NAN, magnitude) | sign
     top = (word + 0x8000) >> 16
     remainder = word - (top << 16)  # in [-0x8000, 0x7FFF]
     planes = [(remainder >> 8) & 0xFF, remainder & 0xFF]
-    return top.to(torch.int16).view(torch.bfloat16), *(plane.to(torch.uint8) for plane in planes[: bits // 8 - 2])
+    return _bits(top.to(torch.int16), torch.bfloat16), *(plane.to(torch.uint8) for plane in planes[: bits // 8 - 2])
 
 
 def join_weight(p: Tensor, *planes: Tensor) -> Tensor:
     """The float32 tensor that `split_weight` took apart."""
-    word = p.contiguous().view(torch.int16).to(torch.int32) << 16
-    word += planes[0].view(torch.int8).to(torch.int32) << 8
+    word = _bits(p.contiguous(), torch.int16).to(torch.int32) << 16
+    word += _bits(planes[0], torch.int8).to(torch.int32) << 8
     if len(planes) > 1:
         word += planes[1]
-    return word.view(torch.float32)
+    return _bits(word, torch.float32)
 
 
 MOMENTUM_BLOCK = 128  # values of a row that share a scale
@@ -130,7 +130,7 @@ def quantize(M: Tensor, bits: Tensor | None) -> tuple[Tensor, Tensor]:
     good = (largest >= _SMALLEST_BLOCK) & largest.isfinite()
     scale = torch.where(largest < _SMALLEST_BLOCK, 0.0, largest * _SCALE)
     scale = torch.where(good | (scale == 0), scale, math.inf)
-    square = (blocks * torch.where(good, 1 / scale, 0.0)).nan_to_num_(0.0).clamp_(max=_CODES**2)
+    square = (blocks * torch.where(good, 1 / scale, 0.0)).nan_to_num_(0.0).clamp_max_(_CODES**2)
     square = square.flatten(1)[:, : M.shape[1]]
     code = square.sqrt().floor_()
     draw = 0.5 if bits is None else (bits + 0.5) / 65536
@@ -142,6 +142,30 @@ def dequantize(code: Tensor, scale: Tensor) -> Tensor:
     """Momentum from one byte.  # [rows, columns] int8, [rows, blocks] -> [rows, columns] float32"""
     code = code.float()
     return (code * code.abs()) * scale.repeat_interleave(MOMENTUM_BLOCK, 1)[:, : code.shape[1]]
+
+
+class _Bits(torch.autograd.Function):
+    """`Tensor.view(dtype)` for `torch.vmap`."""
+
+    @staticmethod
+    def forward(x: Tensor, dtype: torch.dtype) -> Tensor:
+        return x.view(dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, None], x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Any]:
+        return x.view(dtype), in_dims[0]
+
+
+def _bits(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same bits as another dtype of that width: a view."""
+    try:
+        return x.view(dtype)
+    except RuntimeError:  # vmap does not know it before torch 2.13
+        return _Bits.apply(x, dtype)  # pyright: ignore[reportReturnType]
 
 
 def _mix(word: Word, key: Word) -> Word:

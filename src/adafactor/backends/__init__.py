@@ -22,10 +22,10 @@ NO_GRADIENT = torch.empty(0)
 
 
 class Streams(NamedTuple):
-    """What sets apart the random bits of a parameter's weights and of its momentum."""
+    """What sets apart the random bits of a parameter's weights and of its momentum: two words each."""
 
-    weights: tuple[int, int]
-    momentum: tuple[int, int]
+    weights: tuple[Any, Any]  # ints; in a wave, int32 tensors
+    momentum: tuple[Any, Any]
 
 
 @dataclass(slots=True)
@@ -159,17 +159,23 @@ def select(requested: str, plan: TensorPlan, p: Tensor) -> Choice:
     Raises:
         ValueError: if it was asked for by name and cannot serve this parameter.
     """
-    from adafactor.backends import cpu, reference, triton
+    from adafactor.backends import cpu, triton
 
     if requested == "reference":
-        return Choice(reference, "asked for")
+        return Choice(_reference(p), "asked for")
     backend = triton if requested == "triton" or (requested == "auto" and p.device.type != "cpu") else cpu
     refusal = backend.refuses_parameter(plan, p)
     if refusal is None:
         return Choice(backend, backend.describe())
     if requested == backend.name and p.numel():
         raise ValueError(f"backend={requested!r} cannot serve parameter {plan.name!r}: {refusal}; use backend='auto'")
-    return Choice(reference, refusal)
+    return Choice(_reference(p), refusal)
+
+
+def _reference(p: Tensor) -> Backend:
+    from adafactor.backends import reference, waves
+
+    return reference if p.device.type in reference.HOST else waves
 
 
 def serving(choice: Choice, task: Task) -> Choice:
@@ -189,9 +195,7 @@ def serving(choice: Choice, task: Task) -> Choice:
     refusal = choice.backend.refuses(task)
     if refusal is None:
         return choice
-    from adafactor.backends import reference
-
-    return Choice(reference, refusal)
+    return Choice(_reference(task.p), refusal)
 
 
 def allocate_sums(tasks: Sequence[Task]) -> None:
@@ -199,6 +203,7 @@ def allocate_sums(tasks: Sequence[Task]) -> None:
     for dtype, device in {(task.plan.compute_dtype, task.p.device) for task in tasks}:
         batch = [task for task in tasks if task.plan.compute_dtype == dtype and task.p.device == device]
         sizes = [spec.numel for task in batch for spec in task.plan.sums]
-        views = iter(torch.zeros(sum(sizes), dtype=dtype, device=device).split(sizes))
+        zeros = batch[0].p.new_zeros(sum(sizes), dtype=dtype)  # of p's: in a wave, every parameter has its own
+        views = iter(zeros.split(sizes))
         for task in batch:
             task.sums = {spec.name: next(views).view(spec.shape) for spec in task.plan.sums}

@@ -37,6 +37,7 @@ name = "reference"
 
 BLOCK = 1 << 15  # elements read at once: a float32 block and its temporaries stay below 4 MiB
 ACCELERATED = 1 << 7  # times as many on a GPU, where every operation is a launch
+HOST = ("cpu",)  # the devices whose values can be read without waiting
 
 
 def ready(task: Task) -> bool:
@@ -307,7 +308,7 @@ def _rms(plan: TensorPlan, mean_square: Tensor) -> Tensor:
 def _time(task: Task) -> Any:
     """t of this update. On the CPU a number; elsewhere a tensor, whose value nobody waits for."""
     t = task.state["step"] + 1
-    return t.item() if t.device.type == "cpu" else exact(t)
+    return t.item() if t.device.type in HOST else exact(t)
 
 
 def _commit(target: Tensor, value: Tensor, where: Tensor) -> None:
@@ -315,6 +316,10 @@ def _commit(target: Tensor, value: Tensor, where: Tensor) -> None:
 
 
 # Blocks: how a parameter is read piece by piece.
+
+
+def block_size(device: torch.device) -> int:
+    return BLOCK if device.type in HOST else BLOCK * ACCELERATED
 
 
 class Block(NamedTuple):
@@ -341,7 +346,7 @@ class Block(NamedTuple):
 
 def _blocks(task: Task, whole_rows: bool = True) -> list[Block]:
     """The blocks in their order. Only a sweep needs whole rows; without, wide rows are cut as well."""
-    plan, budget = task.plan, BLOCK if task.p.device.type == "cpu" else BLOCK * ACCELERATED
+    plan, budget = task.plan, block_size(task.p.device)
     sizes = tuple(plan.shape[axis] for axis in plan.order)
     _, n, m = plan.dims
     cuts = _cuts if task.places is None else _cuts.__wrapped__  # as many as there were rows in any step
