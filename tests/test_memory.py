@@ -231,6 +231,7 @@ FEW = ("adamw-float32", "adamw-mixed", "adamw-bfloat16", "bfloat16", "24-bit-int
     + [(model, mode) for model in ("bert-base", "gpt2", "llama") for mode in FEW],
 )
 def test_the_peak_of_a_real_model_is_within_two_percent(model: str, mode: str) -> None:
+    torch.set_num_threads(2)  # temporaries are planned as a bound; one thread takes far less, of llama's peak 2.3 %
     computed, measured, _ = trained(_real(model), BY_NAME[mode])
     found = sum(nbytes for kind, nbytes in measured.planned.items() if kind != "activations")
     print(f"{model}, {mode}: computed {computed.total:,}, measured {found:,}, {computed.total / found - 1:+.3%}")
