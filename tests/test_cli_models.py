@@ -404,7 +404,8 @@ def test_a_resumed_run_keeps_its_model(text: Path, tmp_path: Path, no_pictures: 
     needs("t5")
     assert main(options("t5", text, tmp_path / "run", "--steps", "2")) == 0
     capsys.readouterr()
-    for option, has, asked in (("--model", "t5", "mt5"), ("--vocabulary", "512", "600"), ("--size", "tiny", "small")):
+    asked_for = (("--model", "t5", "gpt"), ("--vocabulary", "512", "600"), ("--size", "tiny", "small"))
+    for option, has, asked in (*asked_for, ("--model", "t5", "mt5"), ("--width", "128", "64")):
         assert main(["train", "--out", str(tmp_path / "run"), "--resume", option, asked]) == 2
         assert f"has {option} {has}, not {asked}" in capsys.readouterr().err
 

@@ -181,7 +181,7 @@ class T5(nn.Module):
     """transformers' model, trained on what ``SpanCorruption`` makes. No dropout, as T5X pretrains.
 
     The output layer of a model that is not tied starts at a standard deviation of 1 / sqrt(width), as in T5X, where
-    transformers has 1: its first losses would be eight times too high.
+    transformers has 1, with which logits start at a standard deviation of sqrt(width).
     """
 
     def __init__(self, task: SpanCorruption, seed: int) -> None:

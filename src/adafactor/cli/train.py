@@ -111,13 +111,10 @@ def train(
         ranks = _ranks.count(shard, resolved_device(device))
         family = _models.find(model)
         _refuse_sizes(model, given)
-        reads = (
-            context
-            if context is not None
-            else (_models.LONG if family.sizes and size not in (None, "tiny") else Setup.context)
-        )
+        if context is None:
+            context = _models.LONG if family.sizes and size not in (None, "tiny") else Setup.context
         place = (dtype, device, threads, shard, ranks)
-        setup = Setup(steps, batch_size, seed, width, depth, heads, reads, *place, model, size, vocabulary)
+        setup = Setup(steps, batch_size, seed, width, depth, heads, context, *place, model, size, vocabulary)
         contender = find(optimizer or family.optimizer, "--optimizer")
         run = Run(setup, contender.name, checked_lr(contender, lr), data and str(data.resolve()))
     setup, family = run.setup, _models.find(run.setup.model)
@@ -182,8 +179,8 @@ def _refuse_sizes(model: str, given: dict[str, Any]) -> None:
 def _refuse_changes(run: Run, out: Path, given: dict[str, Any]) -> None:
     """A resumed run keeps its options: one that asks for others is an error that names it."""
     stored = {**asdict(run.setup), "optimizer": run.optimizer, "lr": run.lr}
-    setup = replace(run.setup, **{name: value for name, value in given.items() if name in asdict(run.setup)})
-    wanted = {**given, **asdict(setup)}
+    resolved = replace(run.setup, **{name: given[name] for name in ("device", "threads") if name in given})
+    wanted = given | {"device": resolved.device, "threads": resolved.threads}
     for name in given:
         if name in stored and stored[name] != wanted[name]:
             option = f"--{name.replace('_', '-')}"
